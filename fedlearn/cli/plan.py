@@ -1,0 +1,344 @@
+"""``fedlearn plan``: what a run will cost, before it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median, median_low
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from fedlearn.cli.arguments import AsJson, Overrides, Source
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+
+    from fedlearn.algorithms import Algorithm
+    from fedlearn.config import RunConfig, TrainingConfig
+    from fedlearn.data.loaders import Distribution
+    from fedlearn.learning import Examples, FlatModel, Task
+
+__all__ = ["run"]
+
+_TIMED_S = 0.4
+_TIMED_EXAMPLES = 1024
+
+
+def run(source: Source = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run will cost: traffic, work, minutes, epsilon. No round is run and nothing is written."""
+    from fedlearn.scenario import read_scenario
+
+    plan = _plan(read_scenario(source, overrides or ()))
+    if as_json:
+        from fedlearn.cli.rendering import echo_json
+
+        echo_json(plan)
+    else:
+        _show(plan)
+
+
+# -- what is known -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Setting:
+    """Everything of a run that exists before its first round."""
+
+    config: RunConfig
+    task: Task
+    algorithm: Algorithm
+    model: FlatModel
+    distribution: Distribution
+    test: Examples | None
+
+    @property
+    def rounds_evaluated(self) -> list[int]:
+        """The rounds after which the model is measured: every so many, and the last."""
+        federation = self.config.federation
+        return sorted(
+            {*range(federation.evaluate_every, federation.rounds + 1, federation.evaluate_every), federation.rounds}
+        )
+
+    @property
+    def asks_clients(self) -> bool:
+        """Whether clients evaluate, as ``Federation.validate`` decides it."""
+        wanted = self.config.federation.evaluation
+        return wanted in ("federated", "both") or (wanted == "auto" and self.test is None)
+
+    @property
+    def answered(self) -> float:
+        """The expected share of requests that are answered."""
+        return 1.0 - self.config.faults.drop
+
+
+def _setting(config: RunConfig) -> _Setting:
+    """Load the task and its data and build its model, as a run would begin."""
+    from fedlearn.algorithms import build_algorithm
+    from fedlearn.data.loaders import distribute_data
+    from fedlearn.errors import ConfigError
+    from fedlearn.learning import build_flat_model
+    from fedlearn.sources import SeedTree
+    from fedlearn.tasks import load_task
+
+    task, training, wanted = load_task(config.task), config.training, config.federation.evaluation
+    algorithm = build_algorithm(
+        training.algorithm, server_learning_rate=training.server_learning_rate, options=training.options
+    )
+    path = Path(config.data.path) if config.data.path is not None else None
+    test = None if wanted in ("off", "federated") else task.load_test(path)
+    if test is None and wanted in ("central", "both"):
+        raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
+    return _Setting(
+        config=config,
+        task=task,
+        algorithm=algorithm,
+        model=build_flat_model(task, SeedTree.root(config.seed).child("initialise")),
+        distribution=distribute_data(task, config),
+        test=test,
+    )
+
+
+def _plan(config: RunConfig) -> dict[str, Any]:
+    """Return the plan, as machines are told it."""
+    setting = _setting(config)
+    sizes = [part.size for part in setting.distribution.train]
+    steps = [_local_steps(size, config.training) for size in sizes]
+    clock = _timed(setting, sizes, steps)
+    federation = config.federation
+    return {
+        "task": config.task,
+        "seed": config.seed,
+        "algorithm": config.training.algorithm,
+        "parameters": setting.model.spec.size,
+        "rounds": federation.rounds,
+        "clients": federation.clients,
+        "cohort": federation.cohort,
+        "client_updates": federation.rounds * federation.cohort,
+        **_traffic(setting),
+        "examples_per_client": _spread(sizes),
+        "local_steps_per_round": _spread(steps),
+        **clock,
+        "privacy": {"unit": config.privacy.unit, "epsilon": "inf"},
+        "config_sha256": config.sha256(),
+    }
+
+
+def _spread(numbers: Sequence[int]) -> dict[str, float]:
+    """Return the smallest, the middle and the largest."""
+    return {"min": min(numbers), "median": median(numbers), "max": max(numbers)}
+
+
+def _local_steps(size: int, training: TrainingConfig) -> int:
+    """Return the descent steps that a client with ``size`` examples takes in a round."""
+    if training.local_steps is not None:
+        return training.local_steps
+    batch = min(training.batch_size or size, size)
+    return (training.local_epochs or 1) * -(-size // batch)
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------
+
+
+def _traffic(setting: _Setting) -> dict[str, Any]:
+    """Return the bytes that the run will count: the sizes of the very records that it will exchange.
+
+    Exact where no fault is asked for and no round is repeated. With ``faults.drop`` it is the expected number,
+    without the tries that a round may need again.
+    """
+    federation = setting.config.federation
+    answered, cohort, clients = setting.answered, federation.cohort, federation.clients
+    train_up, evaluate_up = _reply_bytes(setting)
+    evaluated = setting.rounds_evaluated if setting.asks_clients else []
+    asked_down = _request_bytes(setting, range(1, federation.rounds + 1)) + _request_bytes(setting, evaluated)
+    down = cohort * asked_down
+    up = answered * cohort * (federation.rounds * train_up + len(evaluated) * evaluate_up)
+    last = federation.rounds
+    return {
+        "upload_bytes_per_client_and_round": train_up + (evaluate_up if evaluated else 0),
+        "download_bytes_per_client_and_round": _request_bytes(setting, [last]) * (2 if evaluated else 1),
+        "upload_bytes_per_client": int(up) // clients,
+        "download_bytes_per_client": down // clients,
+        "server_received_bytes": int(up),
+        "server_sent_bytes": down,
+        "evaluation": _who_evaluates(setting),
+    }
+
+
+def _who_evaluates(setting: _Setting) -> str:
+    """Return who measures the model: ``server``, ``clients``, ``both`` or ``nobody``."""
+    if not setting.asks_clients:
+        return "server" if setting.test is not None else "nobody"
+    if not setting.distribution.test:
+        return "server" if setting.test is not None else "nobody"
+    return "both" if setting.test is not None else "clients"
+
+
+def _request_bytes(setting: _Setting, rounds: Sequence[int]) -> int:
+    """Return the bytes that one client is sent in these rounds: the model, and the plan of each round."""
+    import numpy as np
+
+    from fedlearn.federation.messages import RoundPlan
+    from fedlearn.flower.records import request_records, vector_record
+
+    spec = setting.model.spec
+    vector = vector_record("vector", np.zeros(spec.size, dtype=spec.dtype))
+    total, of_length = 0, dict[int, int]()  # two plans differ in size only by the digits of their round
+    for number in rounds:
+        length = len(str(number))
+        if length not in of_length:
+            plan = RoundPlan(
+                config=setting.config,
+                round_number=number,
+                attempt=1,
+                proximal_mu=setting.algorithm.proximal_mu,
+                spec_sha256=spec.sha256,
+            )
+            of_length[length] = _size(request_records(vector, plan))
+        total += of_length[length]
+    return total
+
+
+def _reply_bytes(setting: _Setting) -> tuple[int, int]:
+    """Return the bytes of one client's answers to ``train`` and to ``evaluate`` (0: no client could)."""
+    import numpy as np
+
+    from fedlearn.flower.records import evaluate_reply_records, train_reply_records
+
+    spec = setting.model.spec
+    train = _size(train_reply_records(np.zeros(spec.size, dtype=spec.dtype), 1, 0.0))
+    if not setting.asks_clients or not setting.distribution.test:
+        return train, 0
+    own = setting.task.prepare(setting.distribution.client(0)).test
+    names = _evaluated(setting, own)[1] if own is not None and len(own) else {}
+    return train, _size(evaluate_reply_records(1, dict.fromkeys(names, 0.0))) if names else 0
+
+
+def _size(content: RecordDict) -> int:
+    """Return the bytes of a message's records."""
+    return sum(record.count_bytes() for record in content.values())
+
+
+# -- time --------------------------------------------------------------------------------------------------------
+
+
+def _timed(setting: _Setting, sizes: Sequence[int], steps: Sequence[int]) -> dict[str, Any]:
+    """Estimate the run's minutes from less than about a second of one client's training on this machine."""
+    config = setting.config
+    federation = config.federation
+    client = sizes.index(median_low(sizes))
+    client_s = _step_s(setting, client, steps[client]) * sum(steps) / len(steps)
+    processes = min(max(config.simulation.workers, 1), os.cpu_count() or 1)
+    train_s = federation.rounds * federation.cohort * setting.answered * client_s / processes
+    minutes = (train_s + len(setting.rounds_evaluated) * _evaluation_s(setting)) / 60
+    return {
+        "estimated_minutes": round(minutes, 4),
+        "estimate": (
+            f"client {client} ({sizes[client]} examples, the median) was trained for a moment on this machine; its "
+            f"time a step, {1000 * client_s * len(steps) / sum(steps):.3g} ms, times the mean number of steps, "
+            f"{federation.cohort} clients, {federation.rounds} rounds"
+            + (f", over {processes} processes" if processes > 1 else "")
+            + "; loading and messages come on top"
+        ),
+    }
+
+
+def _step_s(setting: _Setting, client: int, steps: int) -> float:
+    """Return the seconds of one descent step of ``client``, from as many of its ``steps`` as a moment allows."""
+    from fedlearn.learning import train
+    from fedlearn.sources import SeedTree
+
+    examples = setting.task.prepare(setting.distribution.client(client)).train
+    received = setting.model.vector()
+    done, elapsed_s = 0, 0.0
+    wanted = 1
+    for attempt in range(8):  # the first is to warm up; each is longer than the one before
+        training = replace(setting.config.training, local_epochs=None, local_steps=wanted)
+        started_s = perf_counter()
+        train(
+            setting.model,
+            setting.task,
+            received,
+            examples,
+            training,
+            proximal_mu=setting.algorithm.proximal_mu,
+            seeds=SeedTree.root(setting.config.seed).child("plan"),
+        )
+        done, elapsed_s = wanted, perf_counter() - started_s
+        if elapsed_s > _TIMED_S / 2 or (attempt and wanted == steps):
+            break
+        wanted = min(steps, max(4 * wanted, int(wanted * _TIMED_S / max(elapsed_s, 1e-6) / 2)))
+    return elapsed_s / done
+
+
+def _evaluation_s(setting: _Setting) -> float:
+    """Return the seconds of measuring the model once, wherever it is measured."""
+    distribution, seconds = setting.distribution, 0.0
+    if setting.test is not None:
+        seconds += _evaluated(setting, setting.test)[0] * len(setting.test)
+    if setting.asks_clients and distribution.test:
+        own = setting.task.prepare(distribution.client(0)).test
+        mean = sum(part.size for part in distribution.test) / len(distribution.test)
+        if own is not None and len(own):
+            seconds += _evaluated(setting, own)[0] * mean * setting.config.federation.cohort
+    return seconds
+
+
+def _evaluated(setting: _Setting, examples: Examples) -> tuple[float, Mapping[str, float]]:
+    """Return the seconds an example that measuring takes, and what was measured."""
+    import numpy as np
+
+    from fedlearn.learning import evaluate
+    from fedlearn.sources import SeedTree
+
+    few = examples.take(np.arange(min(len(examples), _TIMED_EXAMPLES)))
+    seeds = SeedTree.root(setting.config.seed).child("plan")
+    started_s = perf_counter()
+    sums = evaluate(setting.model, setting.task, setting.model.vector(), few, seeds=seeds).sums
+    return (perf_counter() - started_s) / len(few), sums
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+def _show(plan: Mapping[str, Any]) -> None:
+    """Write the plan as a table."""
+    from fedlearn.cli.rendering import bytes_text, console, duration_text, facts
+
+    def spread(name: str) -> str:
+        values = plan[name]
+        return f"{values['median']:,g} (from {values['min']:,} to {values['max']:,})"
+
+    per_round = f"{plan['cohort']:,} of {plan['clients']:,} clients a round"
+    everyone = plan["cohort"] == plan["clients"]
+    up, down = (plan[f"{way}_bytes_per_client_and_round"] for way in ("upload", "download"))
+    rows = [
+        ("estimated time", f"about {duration_text(60 * plan['estimated_minutes'])}"),
+        ("model", f"{plan['parameters']:,} parameters, {plan['algorithm']}"),
+        ("rounds", f"{plan['rounds']:,}"),
+        ("cohort", f"all {plan['clients']:,} clients" if everyone else per_round),
+        ("client updates", f"{plan['client_updates']:,}"),
+        ("upload per client", f"{bytes_text(up)} a round, {bytes_text(plan['upload_bytes_per_client'])} in all"),
+        ("download per client", f"{bytes_text(down)} a round, {bytes_text(plan['download_bytes_per_client'])} in all"),
+        (
+            "server",
+            f"receives {bytes_text(plan['server_received_bytes'])}, sends {bytes_text(plan['server_sent_bytes'])}",
+        ),
+        ("examples", f"a client: {spread('examples_per_client')}"),
+        ("local steps", f"a client and round: {spread('local_steps_per_round')}"),
+        ("measured by", _MEASURED_BY[plan["evaluation"]]),
+        ("epsilon", "infinite: privacy.unit = none promises nothing"),
+    ]
+    stdout = console()
+    stdout.print()
+    stdout.print(facts(rows, title=f"Plan: {plan['task']}, seed {plan['seed']}", headline=1))
+    stdout.print(f"\nThe time is an estimate: {plan['estimate']}.", style="dim")
+
+
+_MEASURED_BY = {
+    "server": "the server, on the central test set",
+    "clients": "the clients, on their own test examples",
+    "both": "the server and the clients",
+    "nobody": "nobody: there is nothing to test on, or federation.evaluation = off",
+}

@@ -1,0 +1,246 @@
+"""``fedlearn simulate``: a whole federation on this machine."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedlearn.cli import StoppedError
+from fedlearn.cli.arguments import AsJson, Overrides, Source
+from fedlearn.errors import FedlearnError, MissingError, RunFailedError, UsageError
+
+if TYPE_CHECKING:
+    from fedlearn.config import RunConfig
+    from fedlearn.federation.run_folder import RunFolder
+
+__all__ = ["run"]
+
+
+def run(
+    source: Source = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder; left out: runs/TASK-DATE-TIME here.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with the run in this folder.", show_default=False),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while it runs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on many simulated clients on this machine, and keep the run in a folder.
+
+    Stopped or killed at any instant, it goes on with --resume and ends with the same model.
+    """
+    if resume is not None:
+        folder = _existing(resume, source=source, overrides=overrides, out=out)
+    else:
+        from fedlearn.scenario import read_scenario
+
+        folder = _new(read_scenario(source, overrides or ()), out)
+    if not quiet:
+        _announce(folder, resumed=resume is not None)
+    summary = _train(folder, new=resume is None, quiet=quiet)
+    if as_json:
+        from fedlearn.cli.rendering import echo_json
+
+        echo_json({**summary, "run": str(folder.path.resolve())})
+    else:
+        _show(folder, summary)
+
+
+# -- the folder --------------------------------------------------------------------------------------------------
+
+
+def _existing(path: Path, *, source: str | None, overrides: Sequence[str] | None, out: Path | None) -> RunFolder:
+    """Open the run to go on with; nothing may be given beside it."""
+    given = {"a scenario or task": source, "--set": overrides, "--out": out}
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"--resume goes on with a run exactly as it was begun, in its own folder, so {name} cannot be given "
+                "with it. Leave it out, or start a new run without --resume"
+            )
+    from fedlearn.federation.run_folder import RunFolder
+
+    return RunFolder.open(path)
+
+
+def _new(config: RunConfig, out: Path | None) -> RunFolder:
+    """Make the folder of a new run, before anything slow: from here on a run that is killed can go on."""
+    from fedlearn.federation.run_folder import RunFolder
+    from fedlearn.tasks import BUILT_IN, load_task
+
+    if config.task not in BUILT_IN and ":" not in config.task and not config.task.endswith(".py"):
+        load_task(config.task)  # no such name: say so before there is a folder
+    return RunFolder.create(out if out is not None else _free_folder(config.task), config)
+
+
+def _free_folder(task: str) -> Path:
+    """Make an empty folder named by the task and the time, numbered where that name is taken."""
+    name = f"{_stem(task)}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 1000):
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunFailedError(
+                f"cannot make the run's folder {path}: {error.strerror}; choose one by --out"
+            ) from error
+        return path
+    raise RunFailedError(f"a thousand runs are called runs/{name}; choose another folder by --out")
+
+
+def _stem(task: str) -> str:
+    """Return a task's name as part of a file's name.
+
+    >>> _stem("digits"), _stem("/home/me/my_task.py:Mine"), _stem("package.module:Mine")
+    ('digits', 'my_task', 'Mine')
+    """
+    path, colon, attribute = task.rpartition(":")
+    name = Path(path or task).stem if (path or task).endswith(".py") else (attribute if colon else task)
+    return re.sub(r"[^0-9A-Za-z_-]+", "-", name).strip("-") or "run"
+
+
+def _discard(folder: RunFolder) -> None:
+    """Take away the folder of a run that could not begin, so that the same command can be corrected and repeated."""
+    for name in ("config.toml", "metrics.jsonl", ".lock"):
+        (folder.path / name).unlink(missing_ok=True)
+    with suppress(OSError):  # whatever else is in it is not ours
+        (folder.path / "checkpoint").rmdir()
+        folder.path.rmdir()
+
+
+# -- the run -----------------------------------------------------------------------------------------------------
+
+
+def _announce(folder: RunFolder, *, resumed: bool) -> None:
+    """Say what begins, before the seconds that loading torch and flwr takes."""
+    from fedlearn.cli.rendering import count_text
+
+    config = folder.config
+    federation, verb = config.federation, "Going on with" if resumed else "Training"
+    who = count_text(federation.clients, "client")
+    if federation.cohort < federation.clients:
+        who = f"{federation.cohort:,} of {who} a round"
+    sys.stderr.write(
+        f"{verb} {config.task}: {count_text(federation.rounds, 'round')}, {who}, {config.training.algorithm}, "
+        f"seed {config.seed} → {folder.path}\n"
+    )
+    sys.stderr.flush()
+
+
+def _train(folder: RunFolder, *, new: bool, quiet: bool) -> dict[str, Any]:
+    """Run the engine; whatever ends it early leaves with the way to go on."""
+    from fedlearn.cli.progress import watcher
+
+    watch = watcher(folder.config.federation.rounds, quiet=quiet)
+    try:
+        from fedlearn.simulation.engine import simulate
+
+        return simulate(folder, watch)
+    except KeyboardInterrupt:
+        raise StoppedError(
+            f"stopped; finished rounds are kept. Go on: {_command('simulate --resume', folder)}"
+        ) from None
+    except FedlearnError as error:
+        begun = (folder.path / "checkpoint" / "state.safetensors").exists()
+        if new and not begun and isinstance(error, UsageError | MissingError):
+            _discard(folder)
+        else:
+            _add_whereabouts(error, folder)
+        raise
+    finally:
+        if watch is not None:
+            watch.close()
+
+
+def _add_whereabouts(error: FedlearnError, folder: RunFolder) -> None:
+    """Note where the run and its clients' own errors are; ``main`` says notes after the message."""
+    if str(folder.path) not in str(error):
+        error.add_note(f"The run is in {folder.path}.")
+    log = folder.path / "clients.log"
+    if log.exists():
+        error.add_note(f"The clients' own errors are in {log}.")
+
+
+def _command(verb: str, folder: RunFolder) -> str:
+    """Return a command on a run that can be pasted into a shell."""
+    return f"fedlearn {verb} {shlex.quote(str(folder.path))}"
+
+
+# -- the result --------------------------------------------------------------------------------------------------
+
+
+def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Write the table of a finished run, and what to do next."""
+    from fedlearn.cli.rendering import console, facts
+
+    measured = _measured(folder, summary)
+    rows = [*measured, *_costs(folder, summary), ("left out", _left_out(folder.metrics()))]
+    if summary["privacy"]["unit"] == "none":
+        rows.append(("privacy", "none promised: epsilon is infinite (privacy.unit = none)"))
+    rows.append(("files", f"{folder.path}{'/' if str(folder.path)[-1:] != '/' else ''}"))
+    stdout = console()
+    stdout.print()
+    stdout.print(facts(rows, title=f"{summary['task']}, seed {summary['seed']}", headline=min(1, len(measured))))
+    stdout.print("\nNext", style="bold")
+    opener = "open" if sys.platform == "darwin" else "xdg-open"
+    commands = (_command("predict", folder), f"{opener} {shlex.quote(str(folder.path / 'history.svg'))}")
+    for command in commands:
+        stdout.print(f"  {command}", soft_wrap=True)
+
+
+def _measured(folder: RunFolder, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the metrics, the headline first."""
+    from fedlearn.cli.progress import headline
+    from fedlearn.cli.rendering import number_text
+
+    metrics: dict[str, float] = summary["metrics"]
+    first = dict(headline(metrics))
+    ordered = {**first, **metrics}
+    rows = [(name.replace("_", " "), number_text(value)) for name, value in ordered.items()]
+    if not rows:
+        losses = [line["train_loss"] for line in folder.metrics()[-1:]]
+        rows = [("train loss", f"{number_text(loss)} (the model was not tested)") for loss in losses]
+    return rows
+
+
+def _costs(folder: RunFolder, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the run took."""
+    from fedlearn.cli.rendering import bytes_text, duration_text
+
+    federation = folder.config.federation
+    cohort = "" if federation.cohort == federation.clients else f", {federation.cohort:,} a round"
+    return [
+        ("rounds", f"{summary['rounds']:,}"),
+        ("clients", f"{summary['clients']:,}{cohort}"),
+        ("wall time", f"{duration_text(summary['wall_s'])}, {summary['client_updates_per_s']:,.1f} client updates/s"),
+        ("upload per client", bytes_text(summary["upload_bytes_per_client"])),
+        ("download per client", bytes_text(summary["download_bytes_per_client"])),
+    ]
+
+
+def _left_out(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return how often clients were left out of a round, by reason."""
+    from fedlearn.cli.rendering import count_text
+
+    reasons = Counter(code for line in lines for code in line["failures"].values())
+    if not reasons:
+        return "no client"
+    asked = sum(line["cohort"] for line in lines)
+    parts = ", ".join(f"{count:,} {code}" for code, count in reasons.most_common())
+    return f"{count_text(reasons.total(), 'answer')} of {asked:,}: {parts}"

@@ -1,0 +1,370 @@
+"""One run's configuration: frozen, complete, and checked before anything runs.
+
+::
+
+    RunConfig
+    ├── task, seed
+    ├── federation: FederationConfig     who takes part, how often, how long to wait
+    ├── data: DataConfig                 how a simulation splits the data
+    ├── training: TrainingConfig         the algorithm and its numbers
+    ├── privacy: PrivacyConfig           what is promised; fedlearn 0.1 promises nothing
+    ├── secagg: SecaggConfig             what the server sees; fedlearn 0.1 hides nothing
+    ├── simulation: SimulationConfig     speed only; never the result
+    └── faults: FaultsConfig             what a simulation breaks on purpose
+
+TOML keys are the field names in kebab-case. A configuration that exists is valid: each class checks itself
+on construction and fills in what follows from the rest (``cohort``, ``min_respondents``, ``local_epochs``).
+What this version cannot do is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, get_args
+
+from fedlearn.config_reading import (
+    Options,
+    Scalar,
+    boolean,
+    check_fields,
+    choice,
+    integer,
+    number,
+    number_or_word,
+    option_table,
+    read_table,
+    section,
+    shown,
+    text,
+    write_table,
+)
+from fedlearn.errors import ConfigError
+
+__all__ = [
+    "DataConfig",
+    "Engine",
+    "Evaluation",
+    "FaultsConfig",
+    "FederationConfig",
+    "Mechanism",
+    "Partition",
+    "PrivacyConfig",
+    "PrivacyUnit",
+    "RunConfig",
+    "SecaggConfig",
+    "SecaggMode",
+    "SimulationConfig",
+    "TrainingConfig",
+    "Trust",
+    "Weighting",
+]
+
+Engine = Literal["local", "flower"]
+Evaluation = Literal["auto", "central", "federated", "both", "off"]
+Mechanism = Literal["gaussian", "dp-ftrl", "skellam"]
+Partition = Literal["iid", "dirichlet", "shards", "natural", "quantity"]
+PrivacyUnit = Literal["none", "example", "client"]
+SecaggMode = Literal["off", "ideal", "semi-honest", "active"]
+Trust = Literal["local", "central", "distributed"]
+Weighting = Literal["uniform", "examples"]
+
+# The default of a field that ``__post_init__`` fills in: such a field is never None once constructed, which
+# is why its type does not say so.
+_DERIVED: Any = None
+
+
+def _derive(config: object, name: str, value: object) -> None:
+    """Fill in a field of a frozen config that was left to be derived."""
+    if getattr(config, name) is None:
+        object.__setattr__(config, name, value)
+
+
+def _unavailable(wanted: str, only: str, consequence: str) -> str:
+    """Return why ``wanted`` is refused, and what the value that does run means."""
+    reason = f"{shown(wanted)} is not available in fedlearn 0.1; only {shown(only)} runs"
+    return f"{reason} (the run then {consequence})."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FederationConfig:
+    """Who takes part, how often, and how long the server waits.
+
+    Attributes:
+        clients: parties that hold data.
+        cohort: clients invited to a round, at most ``clients``; left out: all of them.
+        rounds: rounds to run.
+        min_respondents: answers without which a round is tried again; left out: half the cohort, rounded up.
+        round_timeout_s: seconds until a round goes on with the answers it has.
+        round_tries: how often a round is tried before the run fails.
+        evaluation: who measures the model; ``auto``: wherever there is something to measure it on.
+        evaluate_every: rounds from one evaluation to the next.
+
+    Raises:
+        ConfigError: with the key's path, such as ``federation.cohort``.
+
+    >>> FederationConfig(clients=5).min_respondents
+    3
+    """
+
+    clients: int = field(default=20, metadata=integer(minimum=1))
+    cohort: int = field(default=_DERIVED, metadata=integer(minimum=1))
+    rounds: int = field(default=20, metadata=integer(minimum=1))
+    min_respondents: int = field(default=_DERIVED, metadata=integer(minimum=1))
+    round_timeout_s: float = field(default=600.0, metadata=number(above=0))
+    round_tries: int = field(default=3, metadata=integer(minimum=1))
+    evaluation: Evaluation = field(default="auto", metadata=choice(get_args(Evaluation)))
+    evaluate_every: int = field(default=1, metadata=integer(minimum=1))
+
+    def __post_init__(self) -> None:
+        check_fields(self, "federation")
+        _derive(self, "cohort", self.clients)
+        _derive(self, "min_respondents", (self.cohort + 1) // 2)
+        if self.cohort > self.clients:
+            reason = f"must be at most clients ({self.clients}), got {self.cohort}"
+            raise ConfigError("federation.cohort", reason)
+        if self.min_respondents > self.cohort:
+            reason = f"must be at most the cohort ({self.cohort}), got {self.min_respondents}"
+            raise ConfigError("federation.min-respondents", reason)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """How a simulation splits the data among its clients.
+
+    Attributes:
+        partition: the rule of the split.
+        alpha: the Dirichlet concentration; the smaller, the more the clients differ.
+        labels_per_client: how many labels a client sees under ``shards``.
+        path: where the data lies, for tasks that read files.
+    """
+
+    partition: Partition = field(default="dirichlet", metadata=choice(get_args(Partition)))
+    alpha: float = field(default=0.5, metadata=number(above=0))
+    labels_per_client: int = field(default=2, metadata=integer(minimum=1))
+    path: str | None = field(default=None, metadata=text())
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """The algorithm and its numbers.
+
+    Exactly one of ``local_epochs`` and ``local_steps`` is set; with neither given it is two epochs. To go
+    from one to the other: ``dataclasses.replace(training, local_epochs=None, local_steps=5)``.
+
+    Attributes:
+        algorithm: a name that ``fedlearn.algorithms`` resolves.
+        local_epochs: passes over its own data a client makes in a round.
+        local_steps: optimiser steps a client makes in a round instead.
+        batch_size: examples a step; 0: the whole local data set.
+        learning_rate: the client's.
+        server_learning_rate: the server's; ``None``: the algorithm's own default.
+        momentum: the client optimiser's, in [0, 1).
+        weighting: whether a client counts once or by its examples.
+        max_examples: the most examples a client counts for under ``examples``.
+        options: the algorithm's own hyper-parameters, read-only, by snake_case name.
+    """
+
+    algorithm: str = field(default="fedavg", metadata=text())
+    local_epochs: int | None = field(default=None, metadata=integer(minimum=1))
+    local_steps: int | None = field(default=None, metadata=integer(minimum=1))
+    batch_size: int = field(default=16, metadata=integer(minimum=0))
+    learning_rate: float = field(default=0.1, metadata=number(above=0))
+    server_learning_rate: float | None = field(default=None, metadata=number(above=0))
+    momentum: float = field(default=0.0, metadata=number(minimum=0, below=1))
+    weighting: Weighting = field(default="examples", metadata=choice(get_args(Weighting)))
+    max_examples: int = field(default=10_000, metadata=integer(minimum=1))
+    options: Mapping[str, Scalar] = field(default_factory=Options, metadata=option_table())
+
+    def __post_init__(self) -> None:
+        check_fields(self, "training")
+        if self.local_steps is None:
+            _derive(self, "local_epochs", 2)
+        elif self.local_epochs is not None:
+            reason = f"only one of local-steps and local-epochs may be set; local-epochs is {self.local_epochs}"
+            raise ConfigError("training.local-steps", reason)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacyConfig:
+    """What the run promises about the people in the data.
+
+    Every key is read and checked, but only ``unit = "none"`` runs in fedlearn 0.1, and it promises nothing.
+
+    Attributes:
+        unit: whose presence is hidden.
+        trust: who may see an update before noise is added.
+        target_epsilon: the budget from which the noise follows.
+        noise_multiplier: sigma/bound, instead of ``target_epsilon``.
+        delta: in (0, 1), or ``auto``.
+        bound_l2: the clipping norm.
+        adaptive_clipping: whether the clipping norm follows the updates.
+        mechanism: what noise is added.
+    """
+
+    unit: PrivacyUnit = field(default="none", metadata=choice(get_args(PrivacyUnit)))
+    trust: Trust = field(default="central", metadata=choice(get_args(Trust)))
+    target_epsilon: float | None = field(default=None, metadata=number(above=0))
+    noise_multiplier: float | None = field(default=None, metadata=number(above=0))
+    delta: float | Literal["auto"] = field(default="auto", metadata=number_or_word("auto", above=0, below=1))
+    bound_l2: float = field(default=1.0, metadata=number(above=0))
+    adaptive_clipping: bool = field(default=False, metadata=boolean())
+    mechanism: Mechanism = field(default="gaussian", metadata=choice(get_args(Mechanism)))
+
+    def __post_init__(self) -> None:
+        check_fields(self, "privacy")
+        if self.target_epsilon is not None and self.noise_multiplier is not None:
+            reason = "only one of target-epsilon and noise-multiplier may be set"
+            raise ConfigError("privacy.noise-multiplier", reason)
+        if self.unit != "none":
+            raise ConfigError("privacy.unit", _unavailable(self.unit, "none", "promises no privacy"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SecaggConfig:
+    """Whether the server sees single updates; in fedlearn 0.1 it always does.
+
+    Attributes:
+        mode: whom the masking would withstand; only ``off`` runs.
+        bits: the width of a masked value.
+    """
+
+    mode: SecaggMode = field(default="off", metadata=choice(get_args(SecaggMode)))
+    bits: int = field(default=21, metadata=choice((16, 21, 32)))
+
+    def __post_init__(self) -> None:
+        check_fields(self, "secagg")
+        if self.mode != "off":
+            reason = _unavailable(self.mode, "off", "shows the server every client's update")
+            raise ConfigError("secagg.mode", reason)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulationConfig:
+    """What changes the speed of a simulation and never its result.
+
+    Attributes:
+        workers: processes beside this one; 0: none.
+        engine: what runs the clients; only ``local`` can be asked for here.
+    """
+
+    workers: int = field(default=0, metadata=integer(minimum=0))
+    engine: Engine = field(default="local", metadata=choice(get_args(Engine)))
+
+    def __post_init__(self) -> None:
+        check_fields(self, "simulation")
+        if self.engine == "flower":
+            reason = '"flower" cannot be started from here in fedlearn 0.1; use `flwr run .` (see README).'
+            raise ConfigError("simulation.engine", reason)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultsConfig:
+    """What a simulation breaks on purpose.
+
+    Attributes:
+        drop: the probability, in [0, 1), that an invited client does not answer.
+    """
+
+    drop: float = field(default=0.0, metadata=number(minimum=0, below=1))
+
+    def __post_init__(self) -> None:
+        check_fields(self, "faults")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    r"""Everything that defines a run.
+
+    Attributes:
+        task: a built-in name, ``package.module:Class``, or ``path/to/my_task.py[:Class]``.
+        seed: the root of the run's ``SeedTree``.
+
+    Guarantees: ``RunConfig.from_toml(config.to_toml()) == config`` for every config.
+
+    >>> RunConfig.from_toml("[federation]\nclients = 4").federation.cohort
+    4
+    """
+
+    task: str = field(default="digits", metadata=text())
+    seed: int = field(default=0, metadata=integer(minimum=0))
+    federation: FederationConfig = field(default_factory=FederationConfig, metadata=section(FederationConfig))
+    data: DataConfig = field(default_factory=DataConfig, metadata=section(DataConfig))
+    training: TrainingConfig = field(default_factory=TrainingConfig, metadata=section(TrainingConfig))
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig, metadata=section(PrivacyConfig))
+    secagg: SecaggConfig = field(default_factory=SecaggConfig, metadata=section(SecaggConfig))
+    simulation: SimulationConfig = field(default_factory=SimulationConfig, metadata=section(SimulationConfig))
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=section(FaultsConfig))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
+        """Return the config of nested tables with kebab-case keys; absent keys take their defaults.
+
+        Raises:
+            ConfigError: a key is unknown, of the wrong type, or has an impossible value.
+        """
+        return read_table(cls, mapping)
+
+    @classmethod
+    def from_toml(cls, text: str, *, origin: str = "scenario") -> Self:
+        """Return the config of a TOML document.
+
+        Args:
+            text: the document.
+            origin: what to call it where it is not TOML at all, such as a file's name.
+
+        Raises:
+            ConfigError: the text is not TOML (with line and column), or see ``from_mapping``.
+        """
+        try:
+            mapping = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(origin, f"is not valid TOML: {error}") from error
+        return cls.from_mapping(mapping)
+
+    def for_clients(self) -> Self:
+        """Return the config as clients are told it: without what is neither their business nor the result's."""
+        return replace(self, simulation=SimulationConfig(), faults=FaultsConfig())
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return nested tables with kebab-case keys, derived values included, ``None`` left out."""
+        return write_table(self)
+
+    def to_toml(self) -> str:
+        """Return the config as a TOML document, derived values included."""
+        import tomli_w  # only a run that is written down needs it
+
+        return tomli_w.dumps(self.to_mapping())
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the config that ``to_json`` wrote."""
+        return cls.from_mapping(json.loads(text))
+
+    def to_json(self) -> str:
+        """Return the config as canonical JSON: sorted keys, no white space, ASCII."""
+        return _canonical(self.to_mapping())
+
+    def sha256(self) -> str:
+        """Return the hexadecimal SHA-256 of the canonical JSON without the ``simulation`` section.
+
+        That section changes only the speed. Defaults count as if they had been written out, so that a
+        scenario and the ``config.toml`` of its run have the same hash.
+        """
+        table = self.to_mapping()
+        del table["simulation"]
+        return hashlib.sha256(_canonical(table).encode("ascii")).hexdigest()
+
+
+def _canonical(table: Mapping[str, Any]) -> str:
+    """Return the one JSON text of a table."""
+    return json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

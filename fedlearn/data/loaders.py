@@ -1,0 +1,110 @@
+"""Who holds what: a simulation's pool dealt out to its clients, and a device's own files."""
+
+from __future__ import annotations
+
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlearn.config import RunConfig
+from fedlearn.data.partition import partition
+from fedlearn.errors import ConfigError, DataError, DependencyError
+from fedlearn.learning.task import ClientData, Examples, Pool, Task
+from fedlearn.sources import SeedTree
+
+__all__ = ["Distribution", "distribute_data", "load_arrays", "require_sklearn"]
+
+
+class Distribution:
+    """The pool of a simulation and which of its examples each client holds.
+
+    Attributes:
+        pool: everything there is.
+        train: one index array a client into ``pool.train``.
+        test: one index array a client into ``pool.test``; empty where the pool has no such examples.
+    """
+
+    def __init__(self, pool: Pool, train: tuple[NDArray[np.int64], ...], test: tuple[NDArray[np.int64], ...]) -> None:
+        self.pool, self.train, self.test = pool, train, test
+
+    def client(self, index: int) -> ClientData:
+        """Return a copy of what client ``index`` holds, before the task prepares it."""
+        test = self.pool.test.take(self.test[index]) if self.pool.test is not None and self.test else None
+        return ClientData(self.pool.train.take(self.train[index]), test)
+
+
+def distribute_data(task: Task, config: RunConfig) -> Distribution:
+    """Deal the task's pool out to the clients of a simulation: the second of the seven steps.
+
+    Guarantees: every example goes to exactly one client, none is lost, and the same seed deals the same way.
+
+    Raises:
+        ConfigError: the data cannot be partitioned as asked.
+        DataError: the task's data is missing or empty.
+    """
+    data, seeds = config.data, SeedTree.root(config.seed).child("partition")
+    pool = task.load_pool(Path(data.path) if data.path is not None else None)
+    if len(pool.train) == 0:
+        raise DataError(f"the task {config.task!r} has no training examples")
+
+    def deal(scheme: str, examples: Examples, purpose: str) -> tuple[NDArray[np.int64], ...]:
+        return partition(
+            scheme,
+            clients=config.federation.clients,
+            size=len(examples),
+            labels=examples.strata(),
+            groups=examples.groups,
+            alpha=data.alpha,
+            labels_per_client=data.labels_per_client,
+            seed=seeds.child(purpose),
+        )
+
+    train = deal(data.partition, pool.train, "train")
+    if pool.test is None:
+        return Distribution(pool, train, ())
+    natural = data.partition == "natural"
+    if natural and set(np.unique(_groups(pool.test))) != set(np.unique(_groups(pool.train))):
+        raise DataError(f"the task {config.task!r} has other natural ids in its test examples than in training")
+    return Distribution(pool, train, deal("natural" if natural else "iid", pool.test, "test"))
+
+
+def _groups(examples: Examples) -> NDArray[np.generic]:
+    """Return the natural ids, which a natural partition needs."""
+    if examples.groups is None:
+        raise ConfigError("data.partition", '"natural" needs a natural id for every example; this task has none')
+    return np.asarray(examples.groups)
+
+
+def load_arrays(path: Path) -> ClientData:
+    """Read an .npz file with ``inputs`` and ``targets``, and optionally ``test_inputs`` and ``test_targets``.
+
+    Raises:
+        DataError: the file is missing, is no .npz file, or an array is missing, empty, or of the wrong length.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
+    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a readable .npz file with plain arrays") from error
+
+    def examples(inputs: str, targets: str) -> Examples:
+        if missing := [name for name in (inputs, targets) if name not in arrays]:
+            raise DataError(f"{path}: holds no array {missing[0]!r}; found {sorted(arrays)}")
+        if len(arrays[inputs]) != len(arrays[targets]) or not len(arrays[inputs]):
+            raise DataError(f"{path}: {inputs!r} and {targets!r} need the same number of rows, at least one")
+        return Examples(torch.from_numpy(arrays[inputs]), torch.from_numpy(arrays[targets]))
+
+    test = examples("test_inputs", "test_targets") if "test_inputs" in arrays else None
+    return ClientData(examples("inputs", "targets"), test)
+
+
+def require_sklearn(purpose: str) -> None:
+    """Raise DependencyError unless scikit-learn is installed."""
+    if find_spec("sklearn") is None:
+        raise DependencyError("scikit-learn", "simulation", purpose)

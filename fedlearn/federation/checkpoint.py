@@ -1,0 +1,95 @@
+"""A run's state between two rounds, as bytes: what ``--resume`` begins from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fedlearn.algorithms import ServerState
+from fedlearn.errors import RunUnreadableError
+from fedlearn.files import write_atomic
+
+__all__ = ["RunState", "Totals", "load_checkpoint", "save_checkpoint"]
+
+_VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What a run has cost so far, over all its resumptions."""
+
+    wall_s: float = 0.0
+    client_updates: int = 0
+    upload_bytes: int = 0
+    download_bytes: int = 0
+
+    def plus(
+        self, *, wall_s: float = 0.0, client_updates: int = 0, upload_bytes: int = 0, download_bytes: int = 0
+    ) -> Totals:
+        """Return the totals with these added."""
+        return replace(
+            self,
+            wall_s=self.wall_s + wall_s,
+            client_updates=self.client_updates + client_updates,
+            upload_bytes=self.upload_bytes + upload_bytes,
+            download_bytes=self.download_bytes + download_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Everything a run needs to go on after a round: the rest is a function of the configuration.
+
+    Attributes:
+        server: θ and the server optimiser's own vectors, in float64.
+        totals: what it has cost.
+    """
+
+    server: ServerState
+    totals: Totals
+
+    @property
+    def round_number(self) -> int:
+        """How many rounds are done."""
+        return self.server.round_number
+
+
+def save_checkpoint(path: Path, state: RunState, config_sha256: str) -> None:
+    """Write ``state`` to ``path``: one file, replaced as a whole."""
+    tensors = {"params": state.server.params}
+    tensors.update((f"slot.{name}", slot) for name, slot in state.server.slots.items())
+    metadata = {
+        "version": _VERSION,
+        "round": str(state.round_number),
+        "totals": json.dumps(asdict(state.totals)),
+        "config": config_sha256,
+    }
+    write_atomic(path, save(tensors, metadata))
+
+
+def load_checkpoint(path: Path, config_sha256: str) -> RunState | None:
+    """Return the state in ``path``, or ``None`` where no round was finished yet.
+
+    Raises:
+        RunUnreadableError: the file is damaged, or belongs to another configuration.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as archive:
+            metadata: Mapping[str, str] = archive.metadata() or {}
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+        if metadata["version"] != _VERSION or metadata["config"] != config_sha256:
+            raise RunUnreadableError(f"{path} was written by another configuration or version; start a new run")
+        params = tensors.pop("params").astype(np.float64)
+        slots = {name.removeprefix("slot."): tensor for name, tensor in tensors.items()}
+        server = ServerState(params=params, slots=slots, round_number=int(metadata["round"]))
+        return RunState(server=server, totals=Totals(**json.loads(metadata["totals"])))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise RunUnreadableError(f"{path} is damaged ({type(error).__name__}); start a new run") from error

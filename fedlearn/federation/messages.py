@@ -1,0 +1,238 @@
+"""What the server asks of a client and what a client may answer; every answer is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, Protocol, TypeAlias
+
+from fedlearn.arrays import ParamSpec, Vector
+from fedlearn.config import RunConfig
+from fedlearn.errors import ConfigError, ReplyError
+
+__all__ = [
+    "EvaluateReply",
+    "Failure",
+    "FailureCode",
+    "Network",
+    "Reply",
+    "Request",
+    "RoundPlan",
+    "TrainReply",
+    "check_evaluate_reply",
+    "check_train_reply",
+]
+
+
+class FailureCode(StrEnum):
+    """Why a client's answer is not in the round. The code travels; the text of an exception never does."""
+
+    BAD_REPLY = "bad-reply"  # wrong keys, shape, type or count
+    BAD_REQUEST = "bad-request"  # the client could not read what it was sent
+    LOST = "lost"  # the runtime reported that the client's process or node is gone
+    MODEL_MISMATCH = "model-mismatch"  # the client's model has other entries than the server's
+    NO_DATA = "no-data"  # the client holds no examples for what was asked
+    NO_REPLY = "no-reply"  # nothing came before the deadline
+    NOT_FINITE = "not-finite"  # NaN or infinity
+    REFUSED = "refused"  # the data owner does not permit it
+    TRAINING_FAILED = "training-failed"  # the client's code raised; the text is in the client's own log
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """What every client of a round is told, besides the model.
+
+    Attributes:
+        config: the run's configuration.
+        round_number: counted from 1; 0 is an evaluation before training.
+        attempt: which try of this round, counted from 1.
+        proximal_mu: FedProx's μ, 0 for none.
+        spec_sha256: the hash of the model's ``ParamSpec``; the client compares it with its own model's.
+    """
+
+    config: RunConfig
+    round_number: int
+    attempt: int
+    proximal_mu: float
+    spec_sha256: str
+
+    @property
+    def group(self) -> str:
+        """Name the try of the round, as ``round.attempt``."""
+        return f"{self.round_number}.{self.attempt}"
+
+    def weight_cap(self) -> int:
+        """Return the largest number of examples a client may be weighted by."""
+        return self.config.training.max_examples if self.config.training.weighting == "examples" else 1
+
+    def to_json(self) -> str:
+        """Return the canonical JSON that travels."""
+        body = {
+            "config": self.config.for_clients().to_mapping(),
+            "round": self.round_number,
+            "attempt": self.attempt,
+            "proximal-mu": self.proximal_mu,
+            "spec": self.spec_sha256,
+        }
+        return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> RoundPlan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ReplyError: ``bad-request`` where it is not readable; it came from outside.
+        """
+        try:
+            body = json.loads(text)
+            return cls(
+                config=RunConfig.from_mapping(body["config"]),
+                round_number=int(body["round"]),
+                attempt=int(body["attempt"]),
+                proximal_mu=float(body["proximal-mu"]),
+                spec_sha256=str(body["spec"]),
+            )
+        except (ValueError, TypeError, KeyError, RecursionError, ConfigError) as error:
+            raise ReplyError(FailureCode.BAD_REQUEST, "the round's plan is not readable") from error
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """One message to one client; the vector is shared between the requests of a round and never written to."""
+
+    kind: Literal["train", "evaluate"]
+    client: int
+    plan: RoundPlan
+    vector: Vector
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainReply:
+    """A checked answer to ``train``.
+
+    Attributes:
+        client: who answered.
+        vector: its update, shape (d,), finite, in the spec's type.
+        weight: what it counts in the mean: 1, or its number of examples up to the cap.
+        mean_loss: its mean training loss.
+        upload_bytes: size of the answer's records; ``download_bytes`` of the request's.
+    """
+
+    client: int
+    vector: Vector
+    weight: int
+    mean_loss: float
+    upload_bytes: int
+    download_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateReply:
+    """A checked answer to ``evaluate``: sums over the client's own test examples."""
+
+    client: int
+    num_examples: int
+    sums: Mapping[str, float]
+    upload_bytes: int
+    download_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A client that is left out of a round, with the reason as a code and the incident its own log explains."""
+
+    client: int
+    code: FailureCode
+    incident: str = ""
+    upload_bytes: int = 0
+    download_bytes: int = 0
+
+
+Reply: TypeAlias = TrainReply | EvaluateReply | Failure
+
+
+class Network(Protocol):
+    """The one seam between a round and whatever carries its messages."""
+
+    def clients(self, at_least: int, timeout_s: float) -> Sequence[int]:
+        """Return the clients that can be asked, waiting until there are ``at_least`` so many.
+
+        Raises:
+            TooFewClientsError: there were not, in ``timeout_s`` seconds.
+        """
+        ...
+
+    def exchange(self, requests: Sequence[Request], spec: ParamSpec, timeout_s: float) -> Iterator[Reply]:
+        """Send the requests and yield exactly one reply for each, in the requests' order, within the deadline."""
+        ...
+
+
+def check_train_reply(
+    client: int,
+    vectors: Mapping[str, Vector],
+    numbers: Mapping[str, object],
+    *,
+    plan: RoundPlan,
+    spec: ParamSpec,
+    upload_bytes: int,
+    download_bytes: int,
+) -> TrainReply:
+    """Return the reply if every part of it is as the round asked, else refuse it.
+
+    Raises:
+        ReplyError: with the code ``bad-reply`` or ``not-finite``.
+    """
+    if set(vectors) != {"update"} or set(numbers) != {"num-examples", "loss"}:
+        raise ReplyError(FailureCode.BAD_REPLY, "a train reply carries update, num-examples and loss, nothing else")
+    weight = _count(numbers["num-examples"], plan.weight_cap())
+    loss = _finite("loss", numbers["loss"])
+    return TrainReply(
+        client=client,
+        vector=spec.check(vectors["update"]),
+        weight=weight,
+        mean_loss=loss,
+        upload_bytes=upload_bytes,
+        download_bytes=download_bytes,
+    )
+
+
+def check_evaluate_reply(
+    client: int, numbers: Mapping[str, object], *, plan: RoundPlan, upload_bytes: int, download_bytes: int
+) -> EvaluateReply:
+    """Return the reply if it is a count and finite sums, else refuse it.
+
+    Raises:
+        ReplyError: with the code ``bad-reply`` or ``not-finite``.
+    """
+    sums = {name: value for name, value in numbers.items() if name != "num-examples"}
+    if "num-examples" not in numbers or "loss" not in sums or len(sums) > _MOST_METRICS:
+        raise ReplyError(FailureCode.BAD_REPLY, "an evaluate reply carries num-examples, loss and a few metrics")
+    return EvaluateReply(
+        client=client,
+        num_examples=_count(numbers["num-examples"], plan.config.training.max_examples),
+        sums={name: _finite(name, value) for name, value in sums.items()},
+        upload_bytes=upload_bytes,
+        download_bytes=download_bytes,
+    )
+
+
+_MOST_METRICS = 64
+
+
+def _count(value: object, cap: int) -> int:
+    """Return an example count within [1, cap]: one client must not own the mean by claiming 10¹² examples."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= cap:
+        raise ReplyError(FailureCode.BAD_REPLY, f"num-examples must be an integer in [1, {cap}]")
+    return value
+
+
+def _finite(name: str, value: object) -> float:
+    """Return a finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ReplyError(FailureCode.BAD_REPLY, f"{name} must be a number")
+    if not math.isfinite(value):
+        raise ReplyError(FailureCode.NOT_FINITE, f"{name} is not finite")
+    return float(value)

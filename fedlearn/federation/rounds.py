@@ -1,0 +1,292 @@
+"""The round loop: parameter-server training in seven steps, each a function of that name.
+
+initialise → distribute_data → distribute_model → train → communicate → update → validate.
+``distribute_data`` is ``fedlearn.data.distribute_data`` (on devices the data is already distributed), ``train``
+is ``fedlearn.learning.train`` at each client; the other five are methods of ``Federation``, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlearn.algorithms import Algorithm, build_algorithm
+from fedlearn.config import RunConfig
+from fedlearn.errors import ConfigError, RoundFailedError, RunFailedError
+from fedlearn.federation.checkpoint import RunState, Totals
+from fedlearn.federation.messages import EvaluateReply, Failure, Network, Reply, Request, RoundPlan, TrainReply
+from fedlearn.federation.run_folder import RunFolder
+from fedlearn.learning import Examples, FlatModel, Task, build_flat_model, evaluate
+from fedlearn.privacy.sampling import Draw, draw_cohort
+from fedlearn.sources import Clock, SeedTree
+
+__all__ = ["Federation", "Observer", "SilentObserver"]
+
+
+class Observer(Protocol):
+    """Whoever watches a run."""
+
+    def replied(self, round_number: int, done: int, total: int) -> None:
+        """One more of ``total`` clients is accounted for."""
+
+    def finished_round(self, line: Mapping[str, Any]) -> None:
+        """A round is done and kept; ``line`` is its line of ``metrics.jsonl``."""
+
+
+class SilentObserver:
+    """Watches and says nothing."""
+
+    def replied(self, round_number: int, done: int, total: int) -> None:
+        """Do nothing."""
+
+    def finished_round(self, line: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class _Tally:
+    """What came back of one try of a round; holds one vector, however many clients answer."""
+
+    total: NDArray[np.float64]
+    weight: int = 0
+    loss: float = 0.0
+    respondents: int = 0
+    failures: dict[int, Failure] = field(default_factory=dict)
+    upload_bytes: int = 0
+    download_bytes: int = 0
+
+    def add(self, reply: Reply) -> None:
+        """Count one reply; an update goes into the sum, in float64, and is forgotten."""
+        self.upload_bytes += reply.upload_bytes
+        self.download_bytes += reply.download_bytes
+        if isinstance(reply, Failure):
+            self.failures[reply.client] = reply
+        elif isinstance(reply, TrainReply):
+            self.total += reply.vector.astype(np.float64) * reply.weight
+            self.weight += reply.weight
+            self.loss += reply.mean_loss * reply.weight
+            self.respondents += 1
+
+
+class Federation:
+    """One run on the server's side: owns θ, never sees data.
+
+    Args:
+        config: the run.
+        task: the learning problem.
+        network: whatever carries messages to clients.
+        folder: where the run is kept.
+        clock: what time is measured with.
+        observer: who watches.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        network: Network,
+        folder: RunFolder,
+        *,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self.config, self.task, self.network, self.folder = config, task, network, folder
+        self.clock, self.observer = clock, observer
+        self.seeds = SeedTree.root(config.seed)
+        self.algorithm: Algorithm = build_algorithm(
+            config.training.algorithm,
+            server_learning_rate=config.training.server_learning_rate,
+            options=config.training.options,
+        )
+        self.model: FlatModel = build_flat_model(task, self.seeds.child("initialise"))
+        self.test = self._central_test()
+
+    def run(self) -> RunState:
+        """Go from the last kept round to the end and return the final state.
+
+        Raises:
+            RoundFailedError: a round stayed below ``min-respondents``; earlier rounds are kept.
+            TooFewClientsError: not enough clients were connected in time.
+            RunFailedError: the model diverged, or the folder cannot be written.
+        """
+        state = self.folder.load_state() or self.initialise()
+        while state.round_number < self.config.federation.rounds:
+            state = self._round(state)
+        return state
+
+    # -- the steps ---------------------------------------------------------------------------------------------
+
+    def initialise(self) -> RunState:
+        """Set θ to the task's own initial parameters, under the run's seed."""
+        return RunState(server=self.algorithm.init(self.model.vector().astype(np.float64)), totals=Totals())
+
+    def distribute_model(self, kind: Any, draw: Draw, plan: RoundPlan, parameters: NDArray[Any]) -> list[Request]:
+        """Address one request with the model to every client of the cohort."""
+        return [Request(kind=kind, client=client, plan=plan, vector=parameters) for client in draw.cohort]
+
+    def communicate(self, requests: Sequence[Request], plan: RoundPlan) -> Iterator[Reply]:
+        """Send the requests and yield the replies one by one, in the cohort's order, within the deadline."""
+        timeout_s = self.config.federation.round_timeout_s
+        for done, reply in enumerate(self.network.exchange(requests, self.model.spec, timeout_s), start=1):
+            yield reply
+            self.observer.replied(plan.round_number, done, len(requests))
+
+    def update(self, state: RunState, tally: _Tally) -> RunState:
+        """Let the algorithm move θ by the mean update.
+
+        Places that no gradient trains (BatchNorm's running mean, a frozen layer) take the plain mean whatever the
+        algorithm: an adaptive step could make a variance negative.
+        """
+        old, mean = state.server.params, tally.total / tally.weight
+        new = self.algorithm.aggregate(state.server, mean)
+        params = new.params.copy()
+        untrained = slice(self.model.spec.trainable_size, None)
+        params[untrained] = old[untrained] + mean[untrained]
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(params.astype(self.model.spec.dtype)).all()
+        if not finite:
+            raise RunFailedError(
+                f"the model diverged in round {state.round_number + 1}; the model of the round before is kept in "
+                f"{self.folder.path}. Lower training.learning-rate or training.server-learning-rate"
+            )
+        return replace(state, server=replace(new, params=params))
+
+    def validate(self, state: RunState) -> tuple[dict[str, float], dict[str, float], Totals]:
+        """Measure the model: on the central test set, at the clients, or both, as the scenario says.
+
+        Returns:
+            The headline metrics, the clients' metrics where both were asked for, and the totals with their cost.
+        """
+        wanted = self.config.federation.evaluation
+        parameters = self._parameters(state)
+        central: dict[str, float] = {}
+        if self.test is not None and wanted in ("auto", "central", "both"):
+            seeds = self.seeds.child("validate")
+            central = evaluate(self.model, self.task, parameters, self.test, seeds=seeds).means()
+        if wanted in ("off", "central") or (wanted == "auto" and self.test is not None):
+            return central, {}, state.totals
+        federated, totals = self._validate_at_clients(state, parameters)
+        return (central, federated, totals) if central else (federated, {}, totals)
+
+    # -- their composition -------------------------------------------------------------------------------------
+
+    def _round(self, state: RunState) -> RunState:
+        """Take one round: invite, train, sum, update, validate, keep."""
+        started = self.clock.monotonic()
+        number = state.round_number + 1
+        draw, plan, tally, totals = self._train_until_enough(number, state)
+        state = self.update(replace(state, totals=totals), tally)
+        measured: tuple[dict[str, float], dict[str, float], Totals] = ({}, {}, state.totals)
+        if number % self.config.federation.evaluate_every == 0 or number == self.config.federation.rounds:
+            measured = self.validate(state)
+        metrics, federated, totals = measured
+        wall_s = self.clock.monotonic() - started
+        line = {
+            "round": number,
+            "attempt": plan.attempt,
+            "cohort": len(draw.cohort),
+            "respondents": tally.respondents,
+            "failures": {str(client): str(failure.code) for client, failure in sorted(tally.failures.items())},
+            "train_loss": tally.loss / tally.weight,
+            "metrics": metrics,
+            "wall_s": round(wall_s, 6),
+            "upload_bytes": tally.upload_bytes,
+            "download_bytes": tally.download_bytes,
+        }
+        if federated:
+            line["federated_metrics"] = federated
+        state = replace(state, totals=totals.plus(wall_s=wall_s))
+        self.folder.save_round(line, state)
+        self.observer.finished_round(line)
+        return state
+
+    def _train_until_enough(self, number: int, state: RunState) -> tuple[Draw, RoundPlan, _Tally, Totals]:
+        """Try the round with fresh cohorts until enough clients answered."""
+        federation, totals = self.config.federation, state.totals
+        tally = _Tally(np.zeros(0))
+        for attempt in range(1, federation.round_tries + 1):
+            draw = self._draw("cohort", number, attempt)
+            plan = self._plan(number, attempt)
+            requests = self.distribute_model("train", draw, plan, self._parameters(state))
+            tally = _Tally(np.zeros(self.model.spec.size))
+            for reply in self.communicate(requests, plan):
+                tally.add(reply)
+            totals = totals.plus(
+                client_updates=tally.respondents,
+                upload_bytes=tally.upload_bytes,
+                download_bytes=tally.download_bytes,
+            )
+            if tally.respondents >= (federation.min_respondents or 1):
+                return draw, plan, tally, totals
+        raise RoundFailedError(
+            self._too_few(number, tally), number, {str(c): str(f.code) for c, f in sorted(tally.failures.items())}
+        )
+
+    def _too_few(self, number: int, tally: _Tally) -> str:
+        """Say why a round failed and what to do."""
+        counts: dict[str, int] = {}
+        for failure in tally.failures.values():
+            counts[str(failure.code)] = counts.get(str(failure.code), 0) + 1
+        reasons = ", ".join(f"{count} {code}" for code, count in sorted(counts.items()))
+        federation = self.config.federation
+        return (
+            f"round {number}: {tally.respondents} clients answered, {federation.min_respondents} are needed, in each "
+            f"of {federation.round_tries} tries (last try: {reasons}). The model of round {number - 1} is kept in "
+            f"{self.folder.path}. Look into the clients' logs, or lower federation.min-respondents"
+        )
+
+    def _validate_at_clients(self, state: RunState, parameters: NDArray[Any]) -> tuple[dict[str, float], Totals]:
+        """Return the means over all examples of the clients asked, and of each client's mean (``…_client_mean``)."""
+        plan = self._plan(state.round_number, 1)
+        draw = self._draw("evaluate", state.round_number, 1)
+        sums: dict[str, float] = {}
+        client_means: dict[str, float] = {}
+        count, clients, totals = 0, 0, state.totals
+        for reply in self.communicate(self.distribute_model("evaluate", draw, plan, parameters), plan):
+            totals = totals.plus(upload_bytes=reply.upload_bytes, download_bytes=reply.download_bytes)
+            if isinstance(reply, EvaluateReply):
+                count += reply.num_examples
+                clients += 1
+                for name, value in reply.sums.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                    client_means[name] = client_means.get(name, 0.0) + value / reply.num_examples
+        means = {name: total / count for name, total in sums.items()}
+        means.update((f"{name}_client_mean", total / clients) for name, total in client_means.items())
+        return means, totals
+
+    def _draw(self, purpose: str, number: int, attempt: int) -> Draw:
+        """Draw a cohort from the clients that are there."""
+        federation = self.config.federation
+        size = federation.cohort or federation.clients
+        there = self.network.clients(size, federation.round_timeout_s)
+        return draw_cohort(there, size, self.seeds.child(purpose, number, attempt))
+
+    def _plan(self, number: int, attempt: int) -> RoundPlan:
+        """Return what the clients of this try are told."""
+        return RoundPlan(
+            config=self.config,
+            round_number=number,
+            attempt=attempt,
+            proximal_mu=self.algorithm.proximal_mu,
+            spec_sha256=self.model.spec.sha256,
+        )
+
+    def _parameters(self, state: RunState) -> NDArray[Any]:
+        """Return θ as it is sent, in the model's own type."""
+        return state.server.params.astype(self.model.spec.dtype)
+
+    def _central_test(self) -> Examples | None:
+        """Return the central test set, or ``None`` where it is not wanted or does not exist."""
+        wanted = self.config.federation.evaluation
+        if wanted in ("off", "federated"):
+            return None
+        path = self.config.data.path
+        test = self.task.load_test(Path(path) if path is not None else None)
+        if test is None and wanted in ("central", "both"):
+            raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
+        return test

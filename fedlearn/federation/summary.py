@@ -1,0 +1,66 @@
+"""What is left of a run when it is done: the model, a picture, a summary."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from safetensors.torch import save
+
+from fedlearn.federation.charts import draw_history
+from fedlearn.federation.checkpoint import RunState
+from fedlearn.federation.run_folder import RunFolder, series
+from fedlearn.learning import FlatModel
+
+__all__ = ["finish", "versions"]
+
+_PACKAGES = ("fedlearn", "flwr", "torch", "numpy")
+
+
+def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, Any]:
+    """Write ``model.safetensors``, ``history.svg`` and, last, ``summary.json``; return the summary.
+
+    Bytes per client are the sizes of the records exchanged, over the whole run, divided by the clients of the
+    federation: what an average client sent and received in all.
+    """
+    config, totals = folder.config, state.totals
+    model.load(state.server.params.astype(model.spec.dtype))
+    about = json.dumps({"task": config.task, "rounds": state.round_number}, sort_keys=True)
+    data = save(model.state_dict(), {"fedlearn": about})  # one key only: safetensors writes several in random order
+    folder.write("model.safetensors", data)
+    lines = folder.metrics()
+    rounds, columns = series(lines)
+    folder.write("history.svg", draw_history(rounds, columns, title=f"{config.task}, seed {config.seed}").encode())
+    measured = [line for line in lines if line["metrics"]]
+    clients = config.federation.clients
+    summary = {
+        "task": config.task,
+        "rounds": state.round_number,
+        "clients": clients,
+        "metrics": measured[-1]["metrics"] if measured else {},
+        "wall_s": round(totals.wall_s, 3),
+        "client_updates_per_s": round(totals.client_updates / totals.wall_s, 1) if totals.wall_s else 0.0,
+        "upload_bytes_per_client": totals.upload_bytes // clients,
+        "download_bytes_per_client": totals.download_bytes // clients,
+        "model_sha256": hashlib.sha256(data).hexdigest(),
+        "config_sha256": config.sha256(),
+        "seed": config.seed,
+        "privacy": {"unit": config.privacy.unit, "epsilon": "inf"},
+        "versions": versions(),
+    }
+    folder.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,236 @@
+"""``LocalGrid``: Flower's ``Grid`` in this process, the twin of the network that ships.
+
+It runs the unmodified ServerApp and ClientApp, as Flower's simulation runtime does, without Ray and without a
+message store. Replies stream in the order of the messages, one at a time, so that memory does not grow with the
+cohort and a sum over them has the same bytes on every run and for any number of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn, Protocol
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedlearn.flower.workers import Outcome, WorkerPool
+from fedlearn.sources import Clock, SystemClock
+
+__all__ = ["Faults", "LocalGrid", "NoFaults"]
+
+_RUN_ID = 1
+
+
+class Faults(Protocol):
+    """What goes wrong on the way, decided for each message."""
+
+    def drops(self, group: str, client: int) -> bool:
+        """Return whether the client never answers this message of this group (``round.attempt``)."""
+
+
+class NoFaults:
+    """Nothing goes wrong."""
+
+    def drops(self, group: str, client: int) -> bool:
+        """Return False."""
+        return False
+
+
+class LocalGrid(Grid):
+    """A grid of virtual nodes 1 … n; node i holds partition i − 1.
+
+    Args:
+        client_app: what answers the messages.
+        clients: how many nodes.
+        workers: 0 to answer in this process, N for as many forked processes.
+        faults: which messages are never answered.
+        clock: what deadlines are measured with.
+
+    A client that raises becomes an error reply of Flower's own kind, with the type of the exception and not its
+    text. At the deadline the running client is stopped (in this process by a signal, which needs the main thread;
+    a worker by killing it) and every message left gets Flower's "no reply" error, so nothing hangs.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        *,
+        clients: int,
+        workers: int = 0,
+        faults: Faults | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._client_app = client_app
+        self._clients = clients
+        self._faults = faults or NoFaults()
+        self._clock = clock or SystemClock()
+        self._run = Run.create_empty(_RUN_ID)
+        self._ids = itertools.count(1)
+        self._pushed: dict[str, Message] = {}
+        self._states: dict[int, RecordDict] = {}
+        self._pool = WorkerPool(self._work, workers) if workers else None
+        self._identify_server()
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def __enter__(self) -> LocalGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- flwr.serverapp.Grid -----------------------------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Set the run that messages belong to."""
+        self._run = run
+        self._identify_server()
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def create_message(  # noqa: D102
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return 1 … n."""
+        return range(1, self._clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep the messages; they are answered when they are pulled."""
+        posted = self._post(messages)
+        self._pushed.update((message.metadata.message_id, message) for message in posted)
+        return [message.metadata.message_id for message in posted]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Answer the messages of these ids that were not answered before."""
+        pulled = [self._pushed.pop(name) for name in message_ids if name in self._pushed]
+        return list(self._answers(pulled, None))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Yield exactly one reply, or one error reply, for each message, in order, within ``timeout`` seconds."""
+        return self._answers(self._post(messages), timeout)
+
+    # -- how -----------------------------------------------------------------------------------------------------
+
+    def _identify_server(self) -> None:
+        """Tell Flower who makes messages in this process: the server of this run."""
+        TaskIdentity.run_id, TaskIdentity.task_id = self._run.run_id, 1
+        TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+    def _post(self, messages: Iterable[Message]) -> list[Message]:
+        """Give each message its id."""
+        posted = list(messages)
+        for message in posted:
+            node = message.metadata.dst_node_id
+            if not 1 <= node <= self._clients:
+                raise ValueError(f"there is no node {node}; this grid has 1 … {self._clients}")
+            message.metadata.__dict__["_message_id"] = f"local-{next(self._ids)}"
+        return posted
+
+    def _answers(self, messages: list[Message], timeout_s: float | None) -> Iterator[Message]:
+        """Yield the reply to each message, in order."""
+        deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
+        dropped = [self._faults.drops(m.metadata.group_id, m.metadata.dst_node_id - 1) for m in messages]
+        jobs = [(m, self._context(m)) for m, lost in zip(messages, dropped, strict=True) if not lost]
+        outcomes = self._outcomes(jobs, deadline)
+        for message, lost in zip(messages, dropped, strict=True):
+            outcome = Outcome.NO_REPLY if lost else next(outcomes)
+            if isinstance(outcome, Outcome):
+                code = ErrorCode.CLIENT_APP_CRASHED if outcome is Outcome.LOST else ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+                reply = Message(Error(code=code, reason=outcome.value), reply_to=message)
+            else:
+                reply, state = outcome
+                if len(state):
+                    self._states[message.metadata.dst_node_id] = state
+            reply.metadata.__dict__["_message_id"] = f"{message.metadata.message_id}-reply"
+            yield reply
+
+    def _outcomes(
+        self, jobs: list[tuple[Message, Context]], deadline: float | None
+    ) -> Iterator[tuple[Message, RecordDict] | Outcome]:
+        """Yield what became of each job, in order: in the workers, or one after the other here."""
+        if self._pool is not None:
+            yield from self._pool.map(jobs, deadline, self._clock)
+            return
+        for job in jobs:
+            left_s = None if deadline is None else deadline - self._clock.monotonic()
+            try:
+                with _interrupted_after(left_s):
+                    outcome: tuple[Message, RecordDict] | Outcome = self._work(job)
+            except _DeadlineReachedError:
+                outcome = Outcome.NO_REPLY
+            yield outcome
+
+    def _work(self, job: tuple[Message, Context]) -> tuple[Message, RecordDict]:
+        """Let the ClientApp answer one message, on copies of the records that messages share."""
+        message, context = job
+        own = Message(_copied(message.content), metadata=message.metadata)  # type: ignore[call-overload]
+        try:
+            reply = self._client_app(own, context)
+        except Exception as error:
+            reason = type(error).__name__
+            reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
+        return reply, context.state
+
+    def _context(self, message: Message) -> Context:
+        """Return the context of a node: which partition it holds, and what it kept from earlier messages."""
+        node = message.metadata.dst_node_id
+        node_config: UserConfig = {"partition-id": node - 1, "num-partitions": self._clients}
+        state = self._states.get(node) or RecordDict()
+        return Context(run_id=self._run.run_id, node_id=node, node_config=node_config, state=state, run_config={})
+
+
+def _copied(content: RecordDict) -> RecordDict:
+    """Return records of its own for one client; array bytes are immutable and are shared."""
+    copies = RecordDict()
+    for name, record in content.items():
+        kind: Any = next(k for k in (ArrayRecord, MetricRecord, ConfigRecord) if isinstance(record, k))
+        copies[name] = kind(dict(record))
+    return copies
+
+
+class _DeadlineReachedError(BaseException):
+    """Not an ``Exception``, so that a client's own ``except Exception`` does not swallow it."""
+
+
+@contextmanager
+def _interrupted_after(left_s: float | None) -> Iterator[None]:
+    """Raise ``_DeadlineReachedError`` in the block once ``left_s`` seconds are over."""
+    if left_s is not None and left_s <= 0:
+        raise _DeadlineReachedError
+    if left_s is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(_signum: int, _frame: FrameType | None) -> NoReturn:
+        raise _DeadlineReachedError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, left_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,139 @@
+"""A round's ``Network`` on any Flower ``Grid``: SuperLink, Flower's simulation runtime, or ``LocalGrid``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedlearn.arrays import ParamSpec
+from fedlearn.errors import TooFewClientsError
+from fedlearn.federation.messages import Failure, FailureCode, Reply, Request
+from fedlearn.flower.records import read_reply, request_records, vector_record
+from fedlearn.sources import Clock
+
+__all__ = ["GridNetwork"]
+
+log = logging.getLogger("fedlearn.server")
+
+_FIRST_WAIT_S = 0.05
+_LONGEST_WAIT_S = 2.0
+_IDENTIFY_TIMEOUT_S = 30.0
+
+
+class GridNetwork:
+    """Speaks of clients to the round and of nodes to Flower.
+
+    Flower's node ids are random; which client a node is, it says itself in answer to ``query.identify``, once.
+    Cohorts are then drawn over clients, so that the same seed draws the same ones on every runtime. (On devices
+    that say-so proves nothing; identity there is a signature.)
+    """
+
+    def __init__(self, grid: Grid, clock: Clock) -> None:
+        self._grid, self._clock = grid, clock
+        self._client_of: dict[int, int] = {}
+        self._node_of: dict[int, int] = {}
+
+    def clients(self, at_least: int, timeout_s: float) -> Sequence[int]:
+        """Return the connected clients in ascending order, waiting for ``at_least`` of them.
+
+        Raises:
+            TooFewClientsError: they were not there in ``timeout_s`` seconds.
+        """
+        deadline, wait_s = self._clock.monotonic() + timeout_s, _FIRST_WAIT_S
+        while True:
+            nodes = set(self._grid.get_node_ids())
+            left_s = deadline - self._clock.monotonic()
+            self._identify(sorted(nodes - self._client_of.keys()), min(left_s, _IDENTIFY_TIMEOUT_S))
+            present = sorted(client for client, node in self._node_of.items() if node in nodes)
+            if len(present) >= at_least:
+                return present
+            left_s = deadline - self._clock.monotonic()
+            if left_s <= 0:
+                raise TooFewClientsError(
+                    f"{len(present)} clients are connected after {timeout_s:g} s; a cohort of {at_least} is needed. "
+                    "Connect more clients (on Flower's simulation runtime: num-supernodes must equal "
+                    "federation.clients), lower federation.cohort, or raise federation.round-timeout-s"
+                )
+            log.info("%d of %d clients connected, waiting", len(present), at_least)
+            self._clock.sleep(min(wait_s, left_s))
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    def exchange(self, requests: Sequence[Request], spec: ParamSpec, timeout_s: float) -> Iterator[Reply]:
+        """Send the requests and yield one reply for each, in order; a message lives no longer than the deadline.
+
+        Where the grid answers as a stream in the order of asking (``LocalGrid``), one reply is held at a time.
+        """
+        vectors = {id(r.vector): vector_record("vector", r.vector) for r in requests}
+        messages = [
+            Message(
+                request_records(vectors[id(request.vector)], request.plan),
+                self._node_of[request.client],
+                request.kind,
+                ttl=timeout_s,
+                group_id=request.plan.group,
+            )
+            for request in requests
+        ]
+        download_bytes = [sum(r.count_bytes() for r in m.content.values()) for m in messages]
+        waiting: dict[int, Message] = {}
+        following = 0
+        for index, reply in self._matched(messages, self._grid.send_and_receive(messages, timeout=timeout_s)):
+            waiting[index] = reply
+            while following in waiting:
+                message = waiting.pop(following)
+                yield read_reply(message, requests[following], spec, download_bytes[following])
+                following += 1
+        for index in range(following, len(requests)):
+            if index in waiting:
+                yield read_reply(waiting.pop(index), requests[index], spec, download_bytes[index])
+            else:
+                client = requests[index].client
+                yield Failure(client=client, code=FailureCode.NO_REPLY, download_bytes=download_bytes[index])
+
+    def _matched(self, messages: Sequence[Message], replies: Iterable[Message]) -> Iterator[tuple[int, Message]]:
+        """Yield each reply with the index of its message: the first only, and only from the node that was asked."""
+        index_of: dict[str, int] = {}
+        answered: set[int] = set()
+        for reply in replies:
+            if not index_of:  # the grid gives messages their ids when it sends them
+                index_of = {message.metadata.message_id: index for index, message in enumerate(messages)}
+            index = index_of.get(reply.metadata.reply_to_message_id)
+            if index is None or index in answered:
+                log.warning("left out a reply that nobody asked for, from node %s", reply.metadata.src_node_id)
+                continue
+            if not reply.has_error() and reply.metadata.src_node_id != messages[index].metadata.dst_node_id:
+                log.warning("left out a reply from node %s to another node's message", reply.metadata.src_node_id)
+                continue
+            answered.add(index)
+            yield index, reply
+
+    def _identify(self, nodes: Sequence[int], timeout_s: float) -> None:
+        """Ask nodes that are not known yet which clients they are."""
+        if not nodes or timeout_s <= 0:
+            return
+        messages = [Message(RecordDict(), node, "query.identify", ttl=timeout_s, group_id="identify") for node in nodes]
+        for index, reply in self._matched(messages, self._grid.send_and_receive(messages, timeout=timeout_s)):
+            client = _read_client_id(reply)
+            node = nodes[index]
+            if client is None:
+                log.warning("node %s did not say which client it is; asked again next round", node)
+            elif self._node_of.get(client, node) != node and self._node_of[client] in nodes:
+                log.warning(
+                    "nodes %s and %s both say they are client %s; the first stays", self._node_of[client], node, client
+                )
+                self._client_of[node] = client
+            else:
+                self._client_of[node] = client
+                self._node_of[client] = node
+
+
+def _read_client_id(reply: Message) -> int | None:
+    """Return the client that a node says it is, or ``None`` where it says nothing usable."""
+    record = None if reply.has_error() else reply.content.get("client")
+    if not isinstance(record, MetricRecord):
+        return None
+    value = record.get("id")
+    return value if isinstance(value, int) and value >= 0 else None

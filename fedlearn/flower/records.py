@@ -1,0 +1,153 @@
+"""Between fedlearn's values and Flower's records, with every byte from outside checked before it is believed."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+from numpy.typing import NDArray
+
+from fedlearn.arrays import ParamSpec, Vector
+from fedlearn.errors import ReplyError
+from fedlearn.federation.messages import (
+    EvaluateReply,
+    Failure,
+    FailureCode,
+    Reply,
+    Request,
+    RoundPlan,
+    TrainReply,
+    check_evaluate_reply,
+    check_train_reply,
+)
+
+__all__ = ["REFUSAL", "read_reply", "read_vector", "refusal", "request_records"]
+
+REFUSAL = 100
+"""Flower's error code under which our clients send a ``FailureCode``; Flower's own end below 10."""
+
+_STYPE = "numpy.ndarray"
+_HEADER_LIMIT = 4096
+_FLOWER_CODES = {
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: FailureCode.TRAINING_FAILED,
+    ErrorCode.MESSAGE_UNAVAILABLE: FailureCode.NO_REPLY,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: FailureCode.NO_REPLY,
+}
+
+
+def request_records(vector: ArrayRecord, plan: RoundPlan) -> RecordDict:
+    """Return the content of a ``train`` or ``evaluate`` message; ``vector`` may be shared between messages."""
+    return RecordDict({"model": vector, "round": ConfigRecord({"plan": plan.to_json()})})
+
+
+def vector_record(name: str, vector: Vector) -> ArrayRecord:
+    """Return a record with one array."""
+    return ArrayRecord({name: Array(vector)})
+
+
+def read_vector(array: Array, spec: ParamSpec) -> NDArray[Any]:
+    """Return the vector in ``array``, checked to be of ``spec``'s shape and type before any memory is taken for it.
+
+    Raises:
+        ReplyError: ``bad-reply``.
+    """
+    expected = spec.size * spec.dtype.itemsize
+    if (
+        array.stype != _STYPE
+        or tuple(array.shape) != (spec.size,)
+        or array.dtype != str(spec.dtype)
+        or len(array.data) > expected + _HEADER_LIMIT
+    ):
+        raise ReplyError(FailureCode.BAD_REPLY, f"expected a {spec.dtype} array of shape ({spec.size},)")
+    stream = io.BytesIO(array.data)
+    try:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError("another version of the .npy format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+        raise ReplyError(FailureCode.BAD_REPLY, "the array's header is not readable") from error
+    start = stream.tell()
+    if shape != (spec.size,) or dtype != spec.dtype or len(array.data) - start != expected:
+        raise ReplyError(FailureCode.BAD_REPLY, "the array's header contradicts its record")
+    return np.frombuffer(array.data, dtype=spec.dtype, offset=start)
+
+
+def train_reply_records(vector: Vector, weight: int, mean_loss: float) -> RecordDict:
+    """Return the content of a client's answer to ``train``."""
+    numbers = MetricRecord({"num-examples": weight, "loss": mean_loss})
+    return RecordDict({"update": vector_record("update", vector), "metrics": numbers})
+
+
+def evaluate_reply_records(num_examples: int, sums: dict[str, float]) -> RecordDict:
+    """Return the content of a client's answer to ``evaluate``."""
+    return RecordDict({"metrics": MetricRecord({"num-examples": num_examples, **sums})})
+
+
+def refusal(code: str, incident: str, reply_to: Message) -> Message:
+    """Return an error reply that carries a code and the incident's number in the client's own log, and no text."""
+    return Message(Error(code=REFUSAL, reason=f"{code}:{incident}"), reply_to=reply_to)
+
+
+def read_reply(message: Message, request: Request, spec: ParamSpec, download_bytes: int) -> Reply:
+    """Return what a client answered, checked in every part; a bad answer is that client's ``Failure``."""
+    if message.has_error():
+        return _read_error(message.error, request.client, download_bytes)
+    upload_bytes = _size(message.content)
+    try:
+        return _read_content(message.content, request, spec, upload_bytes, download_bytes)
+    except ReplyError as error:
+        return Failure(
+            client=request.client,
+            code=FailureCode(error.code),
+            upload_bytes=upload_bytes,
+            download_bytes=download_bytes,
+        )
+
+
+def _read_content(
+    content: RecordDict, request: Request, spec: ParamSpec, upload_bytes: int, download_bytes: int
+) -> TrainReply | EvaluateReply:
+    """Return the checked content of a reply."""
+    expected = {"update", "metrics"} if request.kind == "train" else {"metrics"}
+    if set(content) != expected or not isinstance(content["metrics"], MetricRecord):
+        raise ReplyError(FailureCode.BAD_REPLY, f"expected the records {sorted(expected)}")
+    numbers = dict(content["metrics"])
+    if request.kind == "evaluate":
+        return check_evaluate_reply(
+            request.client,
+            numbers,
+            plan=request.plan,
+            upload_bytes=upload_bytes,
+            download_bytes=download_bytes,
+        )
+    arrays = content["update"]
+    if not isinstance(arrays, ArrayRecord) or set(arrays) != {"update"}:
+        raise ReplyError(FailureCode.BAD_REPLY, "expected one array, update")
+    return check_train_reply(
+        request.client,
+        {"update": read_vector(arrays["update"], spec)},
+        numbers,
+        plan=request.plan,
+        spec=spec,
+        upload_bytes=upload_bytes,
+        download_bytes=download_bytes,
+    )
+
+
+def _read_error(error: Error, client: int, download_bytes: int) -> Failure:
+    """Return a failure from an error reply; what it says is used only where it is one of our own words."""
+    if error.code == REFUSAL:
+        code, _, incident = (error.reason or "").partition(":")
+        if code in set(FailureCode) and len(incident) <= 16 and incident.isalnum():
+            return Failure(client=client, code=FailureCode(code), incident=incident, download_bytes=download_bytes)
+        return Failure(client=client, code=FailureCode.BAD_REPLY, download_bytes=download_bytes)
+    code_of_flower = _FLOWER_CODES.get(error.code, FailureCode.LOST)
+    return Failure(client=client, code=code_of_flower, download_bytes=download_bytes)
+
+
+def _size(content: RecordDict) -> int:
+    """Return the bytes of a message's records."""
+    return sum(record.count_bytes() for record in content.values())

@@ -1,0 +1,77 @@
+"""The ServerApp: opens the run's folder, drives the rounds on whatever grid Flower gives it, writes what is left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlearn.config import RunConfig
+from fedlearn.federation.rounds import Federation, Observer, SilentObserver
+from fedlearn.federation.run_folder import RunFolder
+from fedlearn.federation.summary import finish
+from fedlearn.flower.network import GridNetwork
+from fedlearn.scenario import read_scenario
+from fedlearn.sources import Clock, SystemClock
+from fedlearn.tasks import load_task
+
+__all__ = ["build_server_app"]
+
+
+def build_server_app(observer: Observer | None = None, clock: Clock | None = None) -> ServerApp:
+    """Return the ServerApp.
+
+    Its run config says which run: ``resume`` (the folder of a run that exists), or ``scenario`` (a TOML file),
+    ``set`` (overrides, separated by ``;``) and ``out`` (the new run's folder).
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        folder = _open_folder(context)
+        with folder.lock():
+            time = clock or SystemClock()
+            federation = Federation(
+                folder.config,
+                load_task(folder.config.task),
+                GridNetwork(grid, time),
+                folder,
+                clock=time,
+                observer=observer or SilentObserver(),
+            )
+            finish(folder, federation.model, federation.run())
+
+    return app
+
+
+def _open_folder(context: Context) -> RunFolder:
+    """Return the run's folder: one that exists, or a new one."""
+    options: Mapping[str, Any] = context.run_config
+    if options.get("resume"):
+        return RunFolder.open(Path(str(options["resume"])))
+    config = _config(options)
+    out = str(options.get("out") or "") or _data_home() / f"flower-{context.run_id}"
+    return RunFolder.create(Path(out), config)
+
+
+def _config(options: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration that Flower's run config names."""
+    scenario = str(options.get("scenario") or "")
+    overrides = [part.strip() for part in str(options.get("set") or "").split(";") if part.strip()]
+    return read_scenario(_scenario(scenario) if scenario else None, overrides)
+
+
+def _scenario(name: str) -> str:
+    """Return a scenario's path or a task; a file that is not here is looked for where Flower unpacks a bundle."""
+    bundled = Path(__file__).resolve().parents[2] / name
+    return str(bundled) if not Path(name).exists() and bundled.is_file() else name
+
+
+def _data_home() -> Path:
+    """Return where runs go that were started without a folder (Flower's runtime has no useful working folder)."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "fedlearn" / "runs"

@@ -1,0 +1,18 @@
+"""Training on one client: the task, the flat model, the trainer."""
+
+from fedlearn.learning.model import FlatModel, build_flat_model
+from fedlearn.learning.task import ClientData, Examples, Pool, Task
+from fedlearn.learning.trainer import Evaluation, Update, evaluate, train
+
+__all__ = [
+    "ClientData",
+    "Evaluation",
+    "Examples",
+    "FlatModel",
+    "Pool",
+    "Task",
+    "Update",
+    "build_flat_model",
+    "evaluate",
+    "train",
+]

@@ -1,0 +1,134 @@
+"""The learning problem, defined once: what a user implements to train a model of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlearn.errors import TaskError
+
+__all__ = ["ClientData", "Examples", "Pool", "Task"]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Some examples: what a model sees and what it should answer.
+
+    Attributes:
+        inputs: tensor of shape (n, …).
+        targets: tensor of shape (n,) or (n, …).
+        groups: the natural id of every example (a hospital, a writer), shape (n,), or ``None``.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    groups: NDArray[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.inputs.dim() == 0 or self.targets.dim() == 0:
+            raise TaskError("inputs and targets need a first dimension: one row an example")
+        if len(self.inputs) != len(self.targets):
+            raise TaskError(f"{len(self.inputs)} inputs but {len(self.targets)} targets")
+        if self.groups is not None and np.shape(self.groups) != (len(self.inputs),):
+            raise TaskError(f"groups needs shape ({len(self.inputs)},), one natural id an example")
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, index: NDArray[np.int64]) -> Examples:
+        """Return a copy of the examples at ``index``."""
+        rows = torch.from_numpy(np.ascontiguousarray(index))
+        groups = None if self.groups is None else np.asarray(self.groups)[index]
+        return Examples(self.inputs[rows], self.targets[rows], groups)
+
+    def labels(self) -> NDArray[np.int64] | None:
+        """Return the class of every example where targets are classes (integers, one each), else ``None``."""
+        if self.targets.dim() != 1 or self.targets.is_floating_point() or self.targets.is_complex():
+            return None
+        return self.targets.numpy().astype(np.int64)
+
+    def strata(self) -> NDArray[np.int64] | None:
+        """Return what a partition by label goes by: the class, or the decile of a target that is one number."""
+        if (labels := self.labels()) is not None:
+            return labels
+        if self.targets.dim() != 1 or self.targets.is_complex():
+            return None
+        values = self.targets.numpy().astype(np.float64)
+        edges = np.quantile(values, np.linspace(0.1, 0.9, 9))
+        return np.searchsorted(edges, values, side="right").astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """What a simulation deals out to its clients.
+
+    Attributes:
+        train: the examples to train on; every one goes to exactly one client.
+        test: examples on which each client tests for itself, or ``None``; dealt out too, by natural id where
+            the partition is natural.
+    """
+
+    train: Examples
+    test: Examples | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """What one client holds: its training examples, and test examples of its own where it has any."""
+
+    train: Examples
+    test: Examples | None = None
+
+
+class Task(Protocol):
+    """A learning problem: model, loss, metrics, data. Subclass it in one file; no argument to ``__init__``.
+
+    Required: ``build_model``, ``loss`` and, to simulate, ``load_pool``. The rest has defaults.
+    """
+
+    label_names: Sequence[str] = ()
+    """What the classes are called, for people; may be empty."""
+
+    def build_model(self) -> nn.Module:
+        """Return a fresh model. It is called under the run's seed, so plain initialisers are reproducible."""
+        ...
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of every example, shape (b,). Training descends on its mean over a batch."""
+        ...
+
+    def metrics(self, output: Tensor, target: Tensor) -> Mapping[str, Tensor]:
+        """Return per-example values, each of shape (b,), that may be summed; their means are reported.
+
+        The first one is the headline.
+        """
+        del output, target
+        return {}
+
+    def decode(self, output: Tensor) -> Tensor:
+        """Return the answer in an output, shape (b, …): by default the likeliest class of a row of scores."""
+        return output.argmax(dim=1) if output.dim() == 2 and output.shape[1] > 1 else output
+
+    def load_pool(self, path: Path | None) -> Pool:
+        """Return the data that a simulation deals out; ``path`` is ``data.path`` of the scenario."""
+        raise TaskError(f"{type(self).__name__} has no load_pool, so it cannot be simulated")
+
+    def load_test(self, path: Path | None) -> Examples | None:
+        """Return central test examples, or ``None`` where there are none (then clients validate)."""
+        del path
+        return None
+
+    def load_local(self, path: Path) -> ClientData:
+        """Return what this device holds; ``path`` is set by its owner, never by a server."""
+        raise TaskError(f"{type(self).__name__} has no load_local, so it cannot run on a device")
+
+    def prepare(self, data: ClientData) -> ClientData:
+        """Return the data as one client uses it, such as scaled by its own mean; it sees only its own."""
+        return data

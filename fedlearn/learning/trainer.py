@@ -1,0 +1,163 @@
+"""Local training and evaluation of one client: the sequential reference that every faster trainer must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlearn.arrays import Vector
+from fedlearn.config import TrainingConfig
+from fedlearn.errors import TaskError
+from fedlearn.learning.model import FlatModel, computing
+from fedlearn.learning.task import Examples, Task
+from fedlearn.sources import SeedTree
+
+__all__ = ["Evaluation", "Update", "evaluate", "train"]
+
+_EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Update:
+    """What a client learned: its model minus the one it received.
+
+    Attributes:
+        vector: local minus received, shape (d,), in the spec's type. Neither clipped nor noised.
+        num_examples: how many examples it was trained on.
+        mean_loss: mean training loss over the examples seen, in the loss's own unit.
+        steps: local descent steps taken.
+    """
+
+    vector: Vector
+    num_examples: int
+    mean_loss: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Sums over examples, so that those of several clients can be added.
+
+    Attributes:
+        num_examples: how many examples.
+        sums: the task's metrics in its order and ``loss``, each summed over the examples.
+    """
+
+    num_examples: int
+    sums: Mapping[str, float]
+
+    def means(self) -> dict[str, float]:
+        """Return each sum divided by the number of examples."""
+        return {name: total / self.num_examples for name, total in self.sums.items()}
+
+
+def train(
+    model: FlatModel,
+    task: Task,
+    received: Vector,
+    examples: Examples,
+    training: TrainingConfig,
+    *,
+    proximal_mu: float,
+    seeds: SeedTree,
+) -> Update:
+    """Descend from ``received`` on ``examples`` and return the difference.
+
+    Every step takes the mean loss over a batch. With ``batch_size`` 0 and one step this is one step of gradient
+    descent on the client's J(θ). Batches are shuffled passes; the last of a pass may be smaller. The result is a
+    function of the arguments alone.
+
+    Args:
+        model: a model of the task; its state is overwritten.
+        task: the learning problem.
+        received: the server's parameters, shape (d,).
+        examples: the client's training examples, at least one.
+        training: local epochs or steps, batch size, learning rate, momentum.
+        proximal_mu: weight of FedProx's ½μ‖θ − received‖², 0 for none.
+        seeds: this client's in this round; orders the batches and drives dropout.
+    """
+    rate, momentum = training.learning_rate, training.momentum
+    trained = slice(0, model.spec.trainable_size)
+    with computing(seeds.child("torch")):
+        model.load(received)
+        model.module.train()
+        anchor = model.flat.clone() if proximal_mu else None
+        velocity = torch.zeros_like(model.flat) if momentum else None
+        losses, seen, steps = 0.0, 0, 0
+        for rows in _batches(len(examples), training, seeds.child("batches").generator()):
+            inputs, targets = (examples.inputs, examples.targets) if rows is None else _pick(examples, rows)
+            model.zero_gradient()
+            per_example = _losses(task, model.module(inputs), targets)
+            per_example.mean().backward()  # type: ignore[no-untyped-call]
+            step = model.collect_gradient()
+            if anchor is not None:
+                step = step + proximal_mu * (model.flat - anchor)
+            if velocity is not None:
+                step = velocity.mul_(momentum).add_(step)
+            with torch.no_grad():
+                model.flat[trained].add_(step[trained], alpha=-rate)
+            model.push()
+            losses += float(per_example.detach().sum())
+            seen += len(targets)
+            steps += 1
+        vector = model.vector() - received
+    return Update(vector=vector, num_examples=len(examples), mean_loss=losses / max(seen, 1), steps=steps)
+
+
+def evaluate(model: FlatModel, task: Task, parameters: Vector, examples: Examples, *, seeds: SeedTree) -> Evaluation:
+    """Return the summed loss and metrics of ``parameters``, shape (d,), on ``examples``."""
+    sums: dict[str, float] = {}
+    loss = 0.0
+    with computing(seeds), torch.no_grad():
+        model.load(parameters)
+        model.module.eval()
+        for start in range(0, len(examples), _EVALUATION_BATCH):
+            inputs = examples.inputs[start : start + _EVALUATION_BATCH]
+            targets = examples.targets[start : start + _EVALUATION_BATCH]
+            output = model.module(inputs)
+            loss += float(_losses(task, output, targets).sum(dtype=torch.float64))
+            for name, values in task.metrics(output, targets).items():
+                if name in ("loss", "num-examples"):
+                    raise TaskError(f"a metric may not be called {name!r}; fedlearn reports that itself")
+                if values.shape != (len(targets),):
+                    raise TaskError(f"metric {name!r} has shape {tuple(values.shape)}, not one value an example")
+                sums[name] = sums.get(name, 0.0) + float(values.sum(dtype=torch.float64))
+    return Evaluation(num_examples=len(examples), sums={**sums, "loss": loss})
+
+
+def _losses(task: Task, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the task's per-example losses, checked: a mean or a matrix would train something else in silence."""
+    losses = task.loss(output, targets)
+    if losses.shape != (len(targets),):
+        raise TaskError(
+            f"{type(task).__name__}.loss returned shape {tuple(losses.shape)}; "
+            f"it must return one loss an example, shape ({len(targets)},) (in torch: reduction='none')"
+        )
+    return losses
+
+
+def _pick(examples: Examples, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the inputs and targets of one batch."""
+    index = torch.from_numpy(rows)
+    return examples.inputs[index], examples.targets[index]
+
+
+def _batches(size: int, training: TrainingConfig, generator: np.random.Generator) -> Iterator[NDArray[np.int64] | None]:
+    """Yield the rows of each step's batch; ``None`` is the whole data set in its own order."""
+    batch = min(training.batch_size or size, size)
+    per_pass = -(-size // batch)
+    epochs, steps = training.local_epochs, training.local_steps
+    remaining = steps if steps is not None else (epochs or 1) * per_pass
+    while remaining > 0:
+        if training.batch_size == 0:
+            yield None
+            remaining -= 1
+            continue
+        order = generator.permutation(size).astype(np.int64)
+        for start in range(0, size, batch)[:remaining]:
+            yield order[start : start + batch]
+        remaining -= per_pass

@@ -1,0 +1,68 @@
+"""The simulation engine: the unmodified ServerApp and ClientApp on a ``LocalGrid``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import Context, RecordDict
+
+from fedlearn.federation.rounds import Observer
+from fedlearn.federation.run_folder import RunFolder
+from fedlearn.flower.client import build_client_app, prepare_clients
+from fedlearn.flower.grid import LocalGrid
+from fedlearn.flower.server import build_server_app
+from fedlearn.simulation.faults import SeededFaults
+from fedlearn.sources import SeedTree
+
+__all__ = ["simulate"]
+
+
+def simulate(folder: RunFolder, observer: Observer | None = None) -> dict[str, Any]:
+    """Run the federation that ``folder`` describes, from its last kept round to the end; return its summary.
+
+    Guarantees: the same configuration gives the same model to the last bit, on every run, after every crash, and
+    for any number of workers. What the clients log goes to ``clients.log`` in the folder.
+
+    Raises:
+        FedlearnError: as ``fedlearn.federation.rounds.Federation`` says; rounds that were finished are kept.
+    """
+    config = folder.config
+    faults = SeededFaults(config.faults, SeedTree.root(config.seed).child("faults"))
+    prepare_clients(config)
+    with (
+        _client_log(folder),
+        LocalGrid(
+            build_client_app(),
+            clients=config.federation.clients,
+            workers=config.simulation.workers,
+            faults=faults,
+        ) as grid,
+    ):
+        context = Context(
+            run_id=grid.run.run_id,
+            node_id=0,
+            node_config={},
+            state=RecordDict(),
+            run_config={"resume": str(folder.path)},
+        )
+        build_server_app(observer)(grid, context)
+    return folder.summary()
+
+
+@contextmanager
+def _client_log(folder: RunFolder) -> Iterator[None]:
+    """Send the clients' log to a file: on devices, too, it stays with the client."""
+    log = logging.getLogger("fedlearn.client")
+    handler = logging.FileHandler(folder.path / "clients.log", delay=True, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    propagate, log.propagate = log.propagate, False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+        handler.close()

@@ -1,0 +1,229 @@
+"""``fedlearn simulate``: folders, output, and how a run ends early."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlearn.cli import main
+from fedlearn.cli.progress import Bars, Lines, headline, watcher
+
+TINY = ("digits-mlp", "--set", "federation.clients=3", "--set", "federation.rounds=2")
+
+Result = tuple[int, str, str]
+
+
+@pytest.fixture
+def fedlearn(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Return a function that runs a command line in an empty folder: exit code, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*words: str) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(list(words))
+        out, err = capsys.readouterr()
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return code, out, err
+
+    return call
+
+
+def test_a_run_leaves_its_files_and_says_what_it_cost(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    code, out, err = fedlearn("simulate", *TINY)
+    assert code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"digits-mlp-\d{8}-\d{6}", folder.name)
+    names = {"config.toml", "metrics.jsonl", "model.safetensors", "summary.json", "history.svg", "checkpoint"}
+    assert names <= {entry.name for entry in folder.iterdir()}
+    for word in ("accuracy", "loss", "rounds", "wall time", "client updates/s", "upload per client", "epsilon"):
+        assert word in out
+    assert "no client" in out, "nobody was left out"
+    assert f"fedlearn predict runs/{folder.name}\n" in out
+    assert err.splitlines()[0].startswith("Training digits-mlp: 2 rounds, 3 clients")
+    assert [line[:9] for line in err.splitlines()[1:]] == ["round 1/2", "round 2/2"]
+
+
+def test_json_is_the_summary_and_the_folder(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    code, out, err = fedlearn("simulate", *TINY, "--out", "mine", "--json", "-q")
+    assert code == 0
+    assert err == ""
+    (line,) = out.splitlines()
+    body = json.loads(line)
+    assert Path(body.pop("run")) == tmp_path / "mine"
+    assert body == json.loads((tmp_path / "mine" / "summary.json").read_bytes())
+
+
+def test_a_folder_is_never_used_twice(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    code, _, _ = fedlearn("simulate", *TINY, "--out", "mine", "-q")
+    assert code == 0
+    before = (tmp_path / "mine" / "summary.json").read_bytes()
+    code, _, err = fedlearn("simulate", *TINY, "--out", "mine", "-q")
+    assert code == 2
+    assert "--resume mine" in err
+    assert (tmp_path / "mine" / "summary.json").read_bytes() == before
+
+
+def test_a_taken_name_gets_a_number(
+    fedlearn: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlearn.simulation.engine.simulate", _stopping)
+    monkeypatch.setattr("fedlearn.cli.simulate.datetime", _Noon)
+    for _ in range(2):
+        fedlearn("simulate", *TINY)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits-mlp-noon", "digits-mlp-noon-2"]
+
+
+class _Noon:
+    """A clock that stands still."""
+
+    @staticmethod
+    def now() -> _Noon:
+        return _Noon()
+
+    def __format__(self, spec: str) -> str:
+        return "noon"
+
+
+def _stopping(folder: object, observer: object) -> dict[str, Any]:
+    """Stand in for an engine in which Ctrl-C is pressed."""
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_names_the_command_that_goes_on(
+    fedlearn: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlearn.simulation.engine.simulate", _stopping)
+    code, out, err = fedlearn("simulate", *TINY, "--out", "my run", "--json")
+    assert code == 130
+    assert "fedlearn simulate --resume 'my run'" in err
+    assert json.loads(out.splitlines()[-1])["error"]["kind"] == "StoppedError"
+
+
+def test_a_stopped_run_goes_on_to_the_same_model(
+    fedlearn: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = fedlearn("simulate", *TINY, "--out", "whole", "--json")
+    whole = json.loads(out.splitlines()[-1])
+
+    def stop(self: Lines, line: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lines, "finished_round", stop)
+        code, _, _ = fedlearn("simulate", *TINY, "--out", "stopped")
+        assert code == 130
+    code, out, err = fedlearn("simulate", "--resume", "stopped", "--json")
+    assert code == 0
+    assert err.splitlines()[0].startswith("Going on with digits-mlp")
+    assert [line[:9] for line in err.splitlines()[1:]] == ["round 2/2"]
+    assert json.loads(out.splitlines()[-1])["model_sha256"] == whole["model_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["digits"], "a scenario or task"), (["--set", "seed=1"], "--set"), (["--out", "other"], "--out")],
+)
+def test_resume_stands_alone(fedlearn: Callable[..., Result], words: list[str], named: str) -> None:
+    code, out, err = fedlearn("simulate", "--resume", "somewhere", *words, "--json")
+    assert code == 2
+    assert f"so {named} cannot be given" in err
+    assert json.loads(out.splitlines()[-1])["error"]["kind"] == "UsageError"
+
+
+def test_resume_needs_a_run(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    code, _, err = fedlearn("simulate", "--resume", str(tmp_path))
+    assert code == 3
+    assert "holds no run" in err
+
+
+def test_a_run_that_fails_says_where_it_is_and_where_the_clients_log(
+    fedlearn: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text(
+        "from fedlearn.tasks.digits import DigitsMlp\n"
+        "class Broken(DigitsMlp):\n"
+        "    def loss(self, output, target):\n"
+        "        raise RuntimeError('patient 17')\n"
+    )
+    words = ("broken.py", "--set", "federation.clients=3", "--set", "federation.evaluation=off")
+    code, out, err = fedlearn("simulate", *words, "--out", "failed", "--json")
+    assert code == 1
+    assert "failed/clients.log" in err
+    assert "patient 17" not in out + err, "what a client says of its data stays in its own log"
+    assert "patient 17" in (tmp_path / "failed" / "clients.log").read_text()
+    error = json.loads(out.splitlines()[-1])["error"]
+    assert error["kind"] == "RoundFailedError"
+    assert "failed/clients.log" in error["message"]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    code, _, err = fedlearn("simulate", *TINY, "--set", "training.algorithm=fedavgg", "--out", "mine")
+    assert code == 2
+    assert "'fedavg'" in err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_clients_left_out_are_counted_by_reason(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    words = ("--set", "faults.drop=0.4", "--set", "federation.clients=6", "--set", "federation.min-respondents=1")
+    code, out, _ = fedlearn("simulate", *TINY, *words, "--out", "mine")
+    assert code == 0
+    lines = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()]
+    lost = sum(len(line["failures"]) for line in lines)
+    assert lost > 0, "the seed drops somebody"
+    assert f"{lost} answers of 12: {lost} no-reply" in out
+
+
+def test_a_run_without_evaluation_shows_its_training_loss(fedlearn: Callable[..., Result]) -> None:
+    code, out, err = fedlearn("simulate", *TINY, "--set", "federation.evaluation=off")
+    assert code == 0
+    assert "the model was not tested" in out
+    assert "train loss" in err
+
+
+LINE = {"round": 1, "attempt": 1, "cohort": 3, "respondents": 2, "train_loss": 0.5}
+
+
+def test_bars_begin_at_the_round_a_resumed_run_is_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    bars = Bars(9)
+    assert capsys.readouterr().err == "", "nothing is drawn before the engine has forked its workers"
+    for done in (1, 2, 3):
+        bars.replied(7, done, 3)
+    bars.finished_round({**LINE, "round": 7, "metrics": {"loss": 0.25, "accuracy": 0.875}})
+    bars.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "6/9" in shown
+    assert "7/9" in shown
+    assert "accuracy 0.8750 · loss 0.2500" in shown
+    assert "2 of 3 answered in round 7" in shown
+
+
+def test_lines_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(10)
+    lines.finished_round({**LINE, "metrics": {}, "attempt": 2})
+    said = capsys.readouterr().err
+    assert said.startswith("round  1/10  train loss 0.5000 · 2 of 3 clients · try 2 · ")
+
+
+def test_quiet_watches_nothing() -> None:
+    assert watcher(3, quiet=True) is None
+    assert isinstance(watcher(3, quiet=False), Lines), "standard error is no terminal here"
+
+
+def test_the_headline_is_the_first_metric_that_is_no_loss() -> None:
+    assert headline({"loss": 1.0, "loss_client_mean": 1.1, "f1": 0.5, "accuracy": 0.6}) == [("f1", 0.5), ("loss", 1.0)]
+    assert headline({}) == []
