@@ -147,11 +147,11 @@ def test_an_unfinished_class(write):
 
 
 def test_what_a_file_raises_surfaces_with_its_line(write):
-    path = write("broken.py", "\n\nimport json\njson.loads('{')\nclass A(Shape): ...")
-    with pytest.raises(UsageError, match=r"broken\.py, line 5: JSONDecodeError: Expecting") as caught:
+    path = write("breaks.py", "\n\nimport json\njson.loads('{')\nclass A(Shape): ...")
+    with pytest.raises(UsageError, match=r"breaks\.py, line 5: JSONDecodeError: Expecting") as caught:
         load_class(path, Shape, kind="shape")
     assert isinstance(caught.value.__cause__, ValueError)
-    assert not any(name.startswith("fedlearn_file_broken") for name in sys.modules)
+    assert not any(name.startswith("fedlearn_file_breaks") for name in sys.modules)
 
 
 def test_what_a_sibling_raises_surfaces_with_the_siblings_line(write):
@@ -200,11 +200,11 @@ def test_a_file_that_is_missing(tmp_path, monkeypatch):
 
 def test_a_module(write, tmp_path, monkeypatch):
     write("plugin_module.py", SQUARE)
-    write("plugin_module_broken.py", "raise RuntimeError('at import')")
+    write("plugin_module_breaks.py", "raise RuntimeError('at import')")
     monkeypatch.syspath_prepend(tmp_path)
     assert load_class("plugin_module:Square", Shape, kind="shape").sides == 4
-    with pytest.raises(UsageError, match=r"plugin_module_broken\.py, line 2: RuntimeError: at import"):
-        load_class("plugin_module_broken:Square", Shape, kind="shape")
+    with pytest.raises(UsageError, match=r"plugin_module_breaks\.py, line 2: RuntimeError: at import"):
+        load_class("plugin_module_breaks:Square", Shape, kind="shape")
     with pytest.raises(MissingError, match="no class 'Circle'"):
         load_class("plugin_module:Circle", Shape, kind="shape")
 

@@ -123,7 +123,7 @@ class Bars:
     def replied(self, round_number: int, done: int, total: int) -> None:
         """Move the bar over the clients."""
         self._pace.begin()
-        progress = self._begun(round_number)
+        progress = self._begun(round_number, total)
         if round_number != self._round:
             self._round, self._pass = round_number, 0
         self._pass += done == 1  # a second pass is another try, or the clients' own evaluation
@@ -135,7 +135,7 @@ class Bars:
     def finished_round(self, line: Mapping[str, Any]) -> None:
         """Move the bar over the rounds and say what the round measured."""
         number = int(line["round"])
-        progress = self._begun(number)
+        progress = self._begun(number, int(line["cohort"]))
         left = self._pace.left(number)
         parts = [*_said(line), *([f"{left} left"] if number < self._rounds else [])]
         progress.update(self._overall, completed=number, note=" · ".join(parts))
@@ -149,7 +149,7 @@ class Bars:
             self._progress.stop()
             self._progress = None
 
-    def _begun(self, round_number: int) -> Progress:
+    def _begun(self, round_number: int, clients: int) -> Progress:
         """Return the bars, drawn from the first call on, a resumed run's from the round it is in."""
         if self._progress is not None:
             return self._progress
@@ -165,7 +165,7 @@ class Bars:
             transient=True,
         )
         self._overall = self._progress.add_task("rounds", total=self._rounds, completed=round_number - 1, note="")
-        self._clients = self._progress.add_task("clients", total=None, note="")
+        self._clients = self._progress.add_task("clients", total=clients, note="")
         self._progress.start()
         return self._progress
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid
+from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -90,6 +90,12 @@ class LocalGrid(Grid):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def serve(self, server_app: ServerApp, run_config: UserConfig) -> None:
+        """Run a ServerApp on this grid to its end, as ``flwr run`` would with that run config."""
+        state = RecordDict()
+        context = Context(run_id=self._run.run_id, node_id=0, node_config={}, state=state, run_config=run_config)
+        server_app(self, context)
 
     # -- flwr.serverapp.Grid -----------------------------------------------------------------------------------
 

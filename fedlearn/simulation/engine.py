@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import Context, RecordDict
-
 from fedlearn.federation.rounds import Observer
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.client import build_client_app, prepare_clients
@@ -41,14 +39,7 @@ def simulate(folder: RunFolder, observer: Observer | None = None) -> dict[str, A
             faults=faults,
         ) as grid,
     ):
-        context = Context(
-            run_id=grid.run.run_id,
-            node_id=0,
-            node_config={},
-            state=RecordDict(),
-            run_config={"resume": str(folder.path)},
-        )
-        build_server_app(observer)(grid, context)
+        grid.serve(build_server_app(observer), {"resume": str(folder.path)})
     return folder.summary()
 
 

@@ -26,8 +26,6 @@ def load_task(name: str) -> Task:
     Raises:
         TaskNotFoundError: there is no such name, module, file or class.
     """
-    from fedlearn.learning.task import Task
-
     if name in BUILT_IN:
         name = BUILT_IN[name][0]
     elif ":" not in name and not name.endswith(".py"):
@@ -37,4 +35,6 @@ def load_task(name: str) -> Task:
             + (f" Did you mean {hint!r}?" if hint else "")
             + f" Built in: {', '.join(BUILT_IN)}. Your own: path/to/my_task.py, or package.module:Class."
         )
+    from fedlearn.learning.task import Task  # torch: only once the name can be one
+
     return load_class(name, Task, kind="task")()  # type: ignore[type-abstract]

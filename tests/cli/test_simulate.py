@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +131,34 @@ def test_a_stopped_run_goes_on_to_the_same_model(
     assert err.splitlines()[0].startswith("Going on with digits-mlp")
     assert [line[:9] for line in err.splitlines()[1:]] == ["round 2/2"]
     assert json.loads(out.splitlines()[-1])["model_sha256"] == whole["model_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_real_ctrl_c(tmp_path: Path, workers: str) -> None:
+    """SIGINT in a process with workers: it ends at once, says how to go on, and going on ends with the same model."""
+    stopped = tmp_path / "stopped"
+    command = [sys.executable, "-c", "from fedlearn.cli import main; main()", "simulate"]
+    words = ["digits", "--set", "federation.rounds=6", "--set", f"simulation.workers={workers}", "--json", "-q"]
+    whole = subprocess.run(
+        [*command, *words, "--out", str(tmp_path / "whole")], capture_output=True, timeout=90, check=True
+    )
+    process = subprocess.Popen(
+        [*command, *words, "--out", str(stopped)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    kept = stopped / "checkpoint" / "state.safetensors"
+    deadline_s = time.monotonic() + 60
+    while not kept.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert f"fedlearn simulate --resume {stopped}" in err
+    resumed = subprocess.run(
+        [*command, "--resume", str(stopped), "--json"], capture_output=True, timeout=90, check=True
+    )
+    first, second = (json.loads(done.stdout.splitlines()[-1])["model_sha256"] for done in (whole, resumed))
+    assert first == second
 
 
 @pytest.mark.parametrize(
