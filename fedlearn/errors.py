@@ -70,8 +70,8 @@ class ConfigError(UsageError):
         self.key = key
         self.reason = reason
         self.suggestion = suggestion
-        hint = f" Did you mean {suggestion!r}?" if suggestion else ""
-        super().__init__(f"{key}: {reason}{hint}")
+        hint = f"; did you mean {suggestion!r}?" if suggestion else ""
+        super().__init__(f"{key}: {reason.rstrip('.')}{hint}")
 
 
 class TaskError(UsageError):

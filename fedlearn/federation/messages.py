@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
 
 from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.config import RunConfig
@@ -70,6 +72,11 @@ class RoundPlan:
 
     def to_json(self) -> str:
         """Return the canonical JSON that travels."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
+        """The JSON, made once for all the requests that carry it."""
         body = {
             "config": self.config.for_clients().to_mapping(),
             "round": self.round_number,
@@ -95,7 +102,7 @@ class RoundPlan:
                 proximal_mu=float(body["proximal-mu"]),
                 spec_sha256=str(body["spec"]),
             )
-        except (ValueError, TypeError, KeyError, RecursionError, ConfigError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigError) as error:
             raise ReplyError(FailureCode.BAD_REQUEST, "the round's plan is not readable") from error
 
 
@@ -189,9 +196,12 @@ def check_train_reply(
         raise ReplyError(FailureCode.BAD_REPLY, "a train reply carries update, num-examples and loss, nothing else")
     weight = _count(numbers["num-examples"], plan.weight_cap())
     loss = _finite("loss", numbers["loss"])
+    vector = spec.check(vectors["update"])
+    if np.abs(vector).max(initial=0.0) > _LARGEST:
+        raise ReplyError(FailureCode.NOT_FINITE, "the vector holds numbers of which a weighted sum may overflow")
     return TrainReply(
         client=client,
-        vector=spec.check(vectors["update"]),
+        vector=vector,
         weight=weight,
         mean_loss=loss,
         upload_bytes=upload_bytes,
@@ -220,6 +230,8 @@ def check_evaluate_reply(
 
 
 _MOST_METRICS = 64
+_LARGEST = float(np.finfo(np.float32).max)
+"""Beyond this a float64 number of one client could overflow the sum over all, and end the run for everybody."""
 
 
 def _count(value: object, cap: int) -> int:
@@ -233,6 +245,6 @@ def _finite(name: str, value: object) -> float:
     """Return a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ReplyError(FailureCode.BAD_REPLY, f"{name} must be a number")
-    if not math.isfinite(value):
-        raise ReplyError(FailureCode.NOT_FINITE, f"{name} is not finite")
+    if not -_LARGEST <= value <= _LARGEST:  # so is NaN
+        raise ReplyError(FailureCode.NOT_FINITE, f"{name} is not finite, or may overflow a sum")
     return float(value)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedlearn.algorithms import Algorithm, build_algorithm
 from fedlearn.config import RunConfig
-from fedlearn.errors import ConfigError, RoundFailedError, RunFailedError
+from fedlearn.errors import ConfigError, RoundFailedError, RunFailedError, RunUnreadableError
 from fedlearn.federation.checkpoint import RunState, Totals
 from fedlearn.federation.messages import EvaluateReply, Failure, Network, Reply, Request, RoundPlan, TrainReply
 from fedlearn.federation.run_folder import RunFolder
@@ -113,8 +113,14 @@ class Federation:
             RoundFailedError: a round stayed below ``min-respondents``; earlier rounds are kept.
             TooFewClientsError: not enough clients were connected in time.
             RunFailedError: the model diverged, or the folder cannot be written.
+            RunUnreadableError: what was kept is damaged, or of another model than the task's.
         """
         state = self.folder.load_state() or self.initialise()
+        if state.server.params.size != self.model.spec.size:
+            raise RunUnreadableError(
+                f"{self.folder.path} was begun with a model of {state.server.params.size:,} numbers; the task now builds "
+                f"one of {self.model.spec.size:,}. Put the task back as it was, or start a new run"
+            )
         while state.round_number < self.config.federation.rounds:
             state = self._round(state)
         return state

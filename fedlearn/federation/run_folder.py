@@ -47,14 +47,13 @@ class RunFolder:
                 )
             if [name for name in held if not name.startswith(".")]:
                 raise UsageError(f"{path} is not empty; choose another --out")
+            write_atomic(path / "config.toml", config.to_toml().encode())  # first: with it, the run can be resumed
             (path / "checkpoint").mkdir(exist_ok=True)
         except OSError as error:
             raise RunFailedError(
                 f"cannot make the run's folder {path}: {error.strerror}; choose another --out"
             ) from error
-        folder = cls(path, config)
-        write_atomic(path / "config.toml", config.to_toml().encode())
-        return folder
+        return cls(path, config)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -123,9 +122,12 @@ class RunFolder:
         lines = path.read_bytes().split(b"\n")
         complete = lines[:-1]  # what follows the last newline was never finished
         try:
-            return [dict(json.loads(line)) for line in complete]
-        except (ValueError, TypeError) as error:
+            found = [dict(json.loads(line)) for line in complete]
+            if not all(isinstance(line["round"], int) for line in found):
+                raise TypeError("a round is an integer")
+        except (ValueError, TypeError, KeyError) as error:
             raise RunUnreadableError(f"{path} is damaged") from error
+        return found
 
     def write(self, name: str, data: bytes) -> Path:
         """Write one of the folder's files as a whole."""

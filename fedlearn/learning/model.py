@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fedlearn.arrays import ParamEntry, ParamSpec, Vector
 from fedlearn.errors import TaskError
@@ -27,14 +28,16 @@ def computing(seeds: SeedTree) -> Iterator[None]:
     One thread, because a sum over more has another rounding on another machine, and because workers
     that each start many threads trample on each other.
     """
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.integer())
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    # Not torch.manual_seed: without a GPU in use it keeps a traceback of every call for later, for ever.
+    generator, threads = torch.default_generator, torch.get_num_threads()
+    before = generator.get_state()
+    generator.manual_seed(seeds.integer())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        generator.set_state(before)
 
 
 class FlatModel:
@@ -48,6 +51,7 @@ class FlatModel:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        _check_parameters(module)
         federated = _federated_state(module)
         if not any(tensor.requires_grad for tensor in federated.values()):
             raise TaskError("the model has no trainable parameter")
@@ -59,6 +63,7 @@ class FlatModel:
         self._strays: list[tuple[Tensor, Tensor, Tensor]] = []
         for name, tensor in self._tensors.items():
             self._bind(tensor, self.spec.slices[name])
+        self._buffers = [(owner, dict(owner._buffers)) for owner in module.modules()]
         kept = {id(tensor) for tensor in self._tensors.values()}
         self._unfederated = [(t, t.detach().clone()) for t in _all_state(module) if id(t) not in kept]
 
@@ -74,16 +79,28 @@ class FlatModel:
             self._strays.append((tensor, view, gradient))
 
     def load(self, vector: Vector) -> None:
-        """Set the model to ``vector``, shape (d,), and everything unfederated to its first value."""
+        """Set the model to ``vector``, shape (d,), and everything unfederated to its first value.
+
+        Raises:
+            ValueError: ``vector`` has another shape.
+        """
+        if vector.shape != (self.spec.size,):
+            raise ValueError(f"the vector has shape {vector.shape}, not ({self.spec.size},)")
+        for owner, buffers in self._buffers:
+            # Some modules assign their buffers anew instead of writing into them; put back those that are bound here.
+            owner._buffers.clear()
+            owner._buffers.update(buffers)
         self.flat.numpy()[:] = vector  # shares memory; torch would warn of a read-only source
-        self.push()
+        for tensor, view, _ in self._strays:
+            tensor.data.copy_(view)
         for tensor, first in self._unfederated:
             tensor.data.copy_(first)
 
     def push(self) -> None:
-        """Copy the flat state to the entries that are not views of it."""
+        """Copy the flat state to the trained entries that are not views of it (a buffer is its module's to change)."""
         for tensor, view, _ in self._strays:
-            tensor.data.copy_(view)
+            if tensor.requires_grad:
+                tensor.data.copy_(view)
 
     def zero_gradient(self) -> None:
         """Forget the gradient."""
@@ -99,13 +116,23 @@ class FlatModel:
         return self.gradient
 
     def vector(self) -> NDArray[np.floating]:
-        """Return a copy of the model's present state, shape (d,)."""
+        """Return a copy of the model's present state, shape (d,).
+
+        An entry of a narrower type than the vector's keeps the digits that it cannot hold itself.
+
+        Raises:
+            TaskError: the module gave a buffer another shape.
+        """
         state = _federated_state(self.module)
         for name, bound in self._tensors.items():
-            # Some modules assign their buffers anew instead of writing into them; the flat view is then stale.
-            current = state.get(name, bound)
+            current = state.get(name, bound).detach()
+            if current.shape != bound.shape:
+                shapes = f"{tuple(bound.shape)} to {tuple(current.shape)}"
+                raise TaskError(f"the model changed the shape of {name} from {shapes}; a federated entry keeps its own")
             if current.data_ptr() != bound.data_ptr() or current.dtype != self.flat.dtype:
-                self.flat[self.spec.slices[name]] = current.detach().reshape(-1).to(self.flat.dtype)
+                place = self.flat[self.spec.slices[name]].view(current.shape)
+                same = current == place.to(current.dtype)
+                place.copy_(torch.where(same, place, current.to(place.dtype)))
         return self.flat.numpy().copy()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -126,6 +153,16 @@ def build_flat_model(task: Task, seeds: SeedTree) -> FlatModel:
     if any(tensor.device.type != "cpu" for tensor in _all_state(module)):
         raise TaskError(f"{type(task).__name__}.build_model must leave the model on the CPU")
     return FlatModel(module)
+
+
+def _check_parameters(module: nn.Module) -> None:
+    """Raise unless every parameter has a shape, and every trained one a type that can be federated."""
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise TaskError(f"parameter {name} has no shape yet; give the lazy layer its input size")
+        if parameter.requires_grad and parameter.dtype not in _NAMES:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise TaskError(f"parameter {name} is {kind}; what is trained must be one of {', '.join(_NAMES.values())}")
 
 
 def _entry(name: str, tensor: Tensor) -> ParamEntry:
