@@ -52,7 +52,7 @@ def build_algorithm(
     FedAvgM(server_learning_rate=1.0, server_momentum=0.5)
     >>> build_algorithm("fedavg", server_learning_rate=None, options={"proximal_mu": 0.1})
     Traceback (most recent call last):
-    fedlearn.errors.ConfigError: training.options.proximal-mu: fedavg has no such option, nor any other.
+    fedlearn.errors.ConfigError: training.options.proximal-mu: fedavg has no such option, nor any other
     """
     kind = _find(name)
     shown = name if name in ALGORITHMS else kind.__name__

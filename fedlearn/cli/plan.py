@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from fedlearn.cli.arguments import AsJson, Overrides, Source
 
 if TYPE_CHECKING:
-    from flwr.app import RecordDict
-
     from fedlearn.algorithms import Algorithm
     from fedlearn.config import RunConfig, TrainingConfig
     from fedlearn.data.loaders import Distribution
@@ -180,7 +178,7 @@ def _request_bytes(setting: _Setting, rounds: Sequence[int]) -> int:
     import numpy as np
 
     from fedlearn.federation.messages import RoundPlan
-    from fedlearn.flower.records import request_records, vector_record
+    from fedlearn.flower.records import request_records, size_bytes, vector_record
 
     spec = setting.model.spec
     vector = vector_record("vector", np.zeros(spec.size, dtype=spec.dtype))
@@ -195,7 +193,7 @@ def _request_bytes(setting: _Setting, rounds: Sequence[int]) -> int:
                 proximal_mu=setting.algorithm.proximal_mu,
                 spec_sha256=spec.sha256,
             )
-            of_length[length] = _size(request_records(vector, plan))
+            of_length[length] = size_bytes(request_records(vector, plan))
         total += of_length[length]
     return total
 
@@ -204,20 +202,15 @@ def _reply_bytes(setting: _Setting) -> tuple[int, int]:
     """Return the bytes of one client's answers to ``train`` and to ``evaluate`` (0: no client could)."""
     import numpy as np
 
-    from fedlearn.flower.records import evaluate_reply_records, train_reply_records
+    from fedlearn.flower.records import evaluate_reply_records, size_bytes, train_reply_records
 
     spec = setting.model.spec
-    train = _size(train_reply_records(np.zeros(spec.size, dtype=spec.dtype), 1, 0.0))
+    train = size_bytes(train_reply_records(np.zeros(spec.size, dtype=spec.dtype), 1, 0.0))
     if not setting.asks_clients or not setting.distribution.test:
         return train, 0
     own = setting.task.prepare(setting.distribution.client(0)).test
     names = _evaluated(setting, own)[1] if own is not None and len(own) else {}
-    return train, _size(evaluate_reply_records(1, dict.fromkeys(names, 0.0))) if names else 0
-
-
-def _size(content: RecordDict) -> int:
-    """Return the bytes of a message's records."""
-    return sum(record.count_bytes() for record in content.values())
+    return train, size_bytes(evaluate_reply_records(1, dict.fromkeys(names, 0.0))) if names else 0
 
 
 # -- time --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -83,25 +82,37 @@ def load_arrays(path: Path) -> ClientData:
     """Read an .npz file with ``inputs`` and ``targets``, and optionally ``test_inputs`` and ``test_targets``.
 
     Raises:
-        DataError: the file is missing, is no .npz file, or an array is missing, empty, or of the wrong length.
+        DataError: the file is missing, is no .npz file, or an array is missing, empty, of the wrong length, or holds
+            something else than numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of a damaged file, zipfile, zlib and NumPy raise nearly anything
         raise DataError(f"{path}: not a readable .npz file with plain arrays") from error
 
     def examples(inputs: str, targets: str) -> Examples:
         if missing := [name for name in (inputs, targets) if name not in arrays]:
             raise DataError(f"{path}: holds no array {missing[0]!r}; found {sorted(arrays)}")
-        if len(arrays[inputs]) != len(arrays[targets]) or not len(arrays[inputs]):
+        seen, wanted = (_tensor(path, name, arrays[name]) for name in (inputs, targets))
+        if len(seen) != len(wanted) or not len(seen):
             raise DataError(f"{path}: {inputs!r} and {targets!r} need the same number of rows, at least one")
-        return Examples(torch.from_numpy(arrays[inputs]), torch.from_numpy(arrays[targets]))
+        return Examples(seen, wanted)
 
-    test = examples("test_inputs", "test_targets") if "test_inputs" in arrays else None
+    test = examples("test_inputs", "test_targets") if arrays.keys() & {"test_inputs", "test_targets"} else None
     return ClientData(examples("inputs", "targets"), test)
+
+
+def _tensor(path: Path, name: str, array: NDArray[np.generic]) -> torch.Tensor:
+    """Return an array of one row an example as torch takes it, whatever machine wrote it."""
+    if array.ndim == 0:
+        raise DataError(f"{path}: {name!r} is a single value; one row an example is expected")
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except TypeError as error:
+        raise DataError(f"{path}: {name!r} is of type {array.dtype}; numbers that torch knows are expected") from error
 
 
 def require_sklearn(purpose: str) -> None:

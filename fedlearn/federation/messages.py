@@ -220,6 +220,8 @@ def check_evaluate_reply(
     sums = {name: value for name, value in numbers.items() if name != "num-examples"}
     if "num-examples" not in numbers or "loss" not in sums or len(sums) > _MOST_METRICS:
         raise ReplyError(FailureCode.BAD_REPLY, "an evaluate reply carries num-examples, loss and a few metrics")
+    if not all(len(name) <= _LONGEST_NAME and name.isprintable() for name in sums):  # they are shown in a terminal
+        raise ReplyError(FailureCode.BAD_REPLY, f"a metric's name is up to {_LONGEST_NAME} printable characters")
     return EvaluateReply(
         client=client,
         num_examples=_count(numbers["num-examples"], plan.config.training.max_examples),
@@ -230,6 +232,7 @@ def check_evaluate_reply(
 
 
 _MOST_METRICS = 64
+_LONGEST_NAME = 64
 _LARGEST = float(np.finfo(np.float32).max)
 """Beyond this a float64 number of one client could overflow the sum over all, and end the run for everybody."""
 

@@ -118,8 +118,8 @@ class Federation:
         state = self.folder.load_state() or self.initialise()
         if state.server.params.size != self.model.spec.size:
             raise RunUnreadableError(
-                f"{self.folder.path} was begun with a model of {state.server.params.size:,} numbers; the task now builds "
-                f"one of {self.model.spec.size:,}. Put the task back as it was, or start a new run"
+                f"{self.folder.path} was begun with a model of {state.server.params.size:,} numbers; the task now "
+                f"builds one of {self.model.spec.size:,}. Put the task back as it was, or start a new run"
             )
         while state.round_number < self.config.federation.rounds:
             state = self._round(state)

@@ -16,7 +16,7 @@ from fedlearn.federation.checkpoint import RunState, load_checkpoint, save_check
 from fedlearn.files import write_atomic
 from fedlearn.scenario import load_config
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "series"]
 
 
 class RunFolder:
@@ -77,6 +77,7 @@ class RunFolder:
 
     @property
     def _checkpoint(self) -> Path:
+        """Where the last state is."""
         return self.path / "checkpoint" / "state.safetensors"
 
     @contextmanager
@@ -111,7 +112,9 @@ class RunFolder:
                 handle.flush()
                 os.fsync(handle.fileno())
         except OSError as error:
-            raise RunFailedError(f"cannot write {self.path}/metrics.jsonl: {error.strerror}; make room or give access") from error
+            raise RunFailedError(
+                f"cannot write {self.path}/metrics.jsonl: {error.strerror}; make room or give access"
+            ) from error
         save_checkpoint(self._checkpoint, state, self.config.sha256())
 
     def metrics(self) -> list[dict[str, Any]]:

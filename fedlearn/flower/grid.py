@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -109,7 +110,7 @@ class LocalGrid(Grid):
         """The run that messages belong to."""
         return self._run
 
-    def create_message(  # noqa: D102
+    def create_message(
         self,
         content: RecordDict,
         message_type: str,
@@ -117,6 +118,7 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
+        """Return a new message of this run."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -195,7 +197,7 @@ class LocalGrid(Grid):
         own = Message(_copied(message.content), metadata=message.metadata)  # type: ignore[call-overload]
         try:
             reply = self._client_app(own, context)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a client that calls sys.exit() ends itself and not the run
             reason = type(error).__name__
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
         return reply, context.state
@@ -233,10 +235,12 @@ def _interrupted_after(left_s: float | None) -> Iterator[None]:
     def ring(_signum: int, _frame: FrameType | None) -> NoReturn:
         raise _DeadlineReachedError
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, left_s)
+    handler, begun = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    timer_s, interval_s = signal.setitimer(signal.ITIMER_REAL, left_s)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        if timer_s:  # somebody else's alarm was set: it rings when it would have
+            signal.setitimer(signal.ITIMER_REAL, max(timer_s - (time.monotonic() - begun), 1e-6), interval_s)

@@ -9,9 +9,9 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedlearn.arrays import ParamSpec
-from fedlearn.errors import TooFewClientsError
+from fedlearn.errors import ConfigError, TooFewClientsError
 from fedlearn.federation.messages import Failure, FailureCode, Reply, Request
-from fedlearn.flower.records import read_reply, request_records, vector_record
+from fedlearn.flower.records import read_reply, request_records, size_bytes, vector_record
 from fedlearn.sources import Clock
 
 __all__ = ["GridNetwork"]
@@ -21,6 +21,11 @@ log = logging.getLogger("fedlearn.server")
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
 _IDENTIFY_TIMEOUT_S = 30.0
+_IDENTIFY_TRIES = 3
+_STARTUP_TIMEOUT_S = 120.0
+
+_SIMULATION_GRID = "InMemoryGrid"
+"""The grid of Flower's simulation runtime, by name: its module takes a second to import."""
 
 
 class GridNetwork:
@@ -29,25 +34,38 @@ class GridNetwork:
     Flower's node ids are random; which client a node is, it says itself in answer to ``query.identify``, once.
     Cohorts are then drawn over clients, so that the same seed draws the same ones on every runtime. (On devices
     that say-so proves nothing; identity there is a signature.)
+
+    Args:
+        grid: what carries the messages.
+        clock: what deadlines are measured with.
+        clients: how many clients the federation has. Flower's simulation runtime must have as many nodes, and all
+            of them are waited for before the first cohort is drawn; on devices some may be missing.
     """
 
-    def __init__(self, grid: Grid, clock: Clock) -> None:
+    def __init__(self, grid: Grid, clock: Clock, *, clients: int) -> None:
         self._grid, self._clock = grid, clock
+        self._simulated = clients if type(grid).__name__ == _SIMULATION_GRID else None
         self._client_of: dict[int, int] = {}
         self._node_of: dict[int, int] = {}
+        self._silent: dict[int, int] = {}  # how often a node did not say which client it is
 
     def clients(self, at_least: int, timeout_s: float) -> Sequence[int]:
         """Return the connected clients in ascending order, waiting for ``at_least`` of them.
 
         Raises:
             TooFewClientsError: they were not there in ``timeout_s`` seconds.
+            ConfigError: Flower's simulation runtime has another number of nodes than the federation has clients.
         """
+        if self._simulated is not None:  # its processes start with the first message, and all nodes are there or none
+            at_least, timeout_s = self._simulated, max(timeout_s, _STARTUP_TIMEOUT_S)
         deadline, wait_s = self._clock.monotonic() + timeout_s, _FIRST_WAIT_S
         while True:
             nodes = set(self._grid.get_node_ids())
+            needed = len(self._present(nodes)) < at_least
             left_s = deadline - self._clock.monotonic()
-            self._identify(sorted(nodes - self._client_of.keys()), min(left_s, _IDENTIFY_TIMEOUT_S))
-            present = sorted(client for client, node in self._node_of.items() if node in nodes)
+            self._identify(self._unknown(nodes, needed), nodes, min(left_s, _IDENTIFY_TIMEOUT_S))
+            present = self._present(nodes)
+            self._check_simulated(len(present))
             if len(present) >= at_least:
                 return present
             left_s = deadline - self._clock.monotonic()
@@ -77,7 +95,7 @@ class GridNetwork:
             )
             for request in requests
         ]
-        download_bytes = [sum(r.count_bytes() for r in m.content.values()) for m in messages]
+        download_bytes = [size_bytes(message.content) for message in messages]
         waiting: dict[int, Message] = {}
         following = 0
         for index, reply in self._matched(messages, self._grid.send_and_receive(messages, timeout=timeout_s)):
@@ -110,24 +128,47 @@ class GridNetwork:
             answered.add(index)
             yield index, reply
 
-    def _identify(self, nodes: Sequence[int], timeout_s: float) -> None:
-        """Ask nodes that are not known yet which clients they are."""
-        if not nodes or timeout_s <= 0:
+    def _present(self, nodes: set[int]) -> list[int]:
+        """Return the clients whose nodes are among ``nodes``, in ascending order."""
+        return sorted(client for client, node in self._node_of.items() if node in nodes)
+
+    def _unknown(self, nodes: set[int], needed: bool) -> list[int]:
+        """Return the nodes to ask who they are; those that never say are left alone unless more are needed."""
+        unknown = sorted(nodes - self._client_of.keys())
+        return [node for node in unknown if needed or self._silent.get(node, 0) < _IDENTIFY_TRIES]
+
+    def _check_simulated(self, present: int) -> None:
+        """Raise if Flower's simulation runtime has too few or too many nodes; it has all once the first answers."""
+        if self._simulated is None or not present:
             return
-        messages = [Message(RecordDict(), node, "query.identify", ttl=timeout_s, group_id="identify") for node in nodes]
+        nodes = len(list(self._grid.get_node_ids()))
+        if nodes != self._simulated:
+            reason = (
+                f"is {self._simulated}, but Flower's simulation runtime has {nodes} nodes; start it with "
+                f'--federation-config "num-supernodes={self._simulated}", or set federation.clients={nodes}'
+            )
+            raise ConfigError("federation.clients", reason)
+
+    def _identify(self, unknown: Sequence[int], nodes: set[int], timeout_s: float) -> None:
+        """Ask nodes that are not known yet which clients they are."""
+        if not unknown or timeout_s <= 0:
+            return
+        messages = [Message(RecordDict(), n, "query.identify", ttl=timeout_s, group_id="identify") for n in unknown]
+        silent = set(unknown)
         for index, reply in self._matched(messages, self._grid.send_and_receive(messages, timeout=timeout_s)):
-            client = _read_client_id(reply)
-            node = nodes[index]
+            client, node = _read_client_id(reply), unknown[index]
             if client is None:
-                log.warning("node %s did not say which client it is; asked again next round", node)
-            elif self._node_of.get(client, node) != node and self._node_of[client] in nodes:
-                log.warning(
-                    "nodes %s and %s both say they are client %s; the first stays", self._node_of[client], node, client
-                )
-                self._client_of[node] = client
-            else:
-                self._client_of[node] = client
-                self._node_of[client] = node
+                continue
+            first = self._node_of.get(client, node)
+            if first != node and first in nodes:
+                log.warning("nodes %s and %s both say they are client %s; the first stays", first, node, client)
+                continue
+            silent.discard(node)
+            self._client_of[node] = client
+            self._node_of[client] = node
+        for node in sorted(silent):
+            self._silent[node] = self._silent.get(node, 0) + 1
+            log.warning("node %s did not say which client it is", node)
 
 
 def _read_client_id(reply: Message) -> int | None:

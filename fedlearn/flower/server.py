@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlearn.config import RunConfig
+from fedlearn.errors import ConfigError
 from fedlearn.federation.rounds import Federation, Observer, SilentObserver
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.federation.summary import finish
@@ -26,7 +27,7 @@ def build_server_app(observer: Observer | None = None, clock: Clock | None = Non
     """Return the ServerApp.
 
     Its run config says which run: ``resume`` (the folder of a run that exists), or ``scenario`` (a TOML file),
-    ``set`` (overrides, separated by ``;``) and ``out`` (the new run's folder).
+    ``set`` (overrides, separated by ``;``) and ``out`` (the new run's folder, as an absolute path).
     """
     app = ServerApp()
 
@@ -38,7 +39,7 @@ def build_server_app(observer: Observer | None = None, clock: Clock | None = Non
             federation = Federation(
                 folder.config,
                 load_task(folder.config.task),
-                GridNetwork(grid, time),
+                GridNetwork(grid, time, clients=folder.config.federation.clients),
                 folder,
                 clock=time,
                 observer=observer or SilentObserver(),
@@ -52,10 +53,14 @@ def _open_folder(context: Context) -> RunFolder:
     """Return the run's folder: one that exists, or a new one."""
     options: Mapping[str, Any] = context.run_config
     if options.get("resume"):
-        return RunFolder.open(Path(str(options["resume"])))
+        return RunFolder.open(Path(str(options["resume"])).expanduser())
     config = _config(options)
-    out = str(options.get("out") or "") or _data_home() / f"flower-{context.run_id}"
-    return RunFolder.create(Path(out), config)
+    if config.faults.drop:
+        raise ConfigError("faults.drop", "only `fedlearn simulate` breaks things on purpose; leave it out here")
+    out = Path(str(options.get("out") or _data_home() / f"flower-{context.run_id}")).expanduser()
+    if not out.is_absolute():  # what it would be relative to is where Flower's SuperLink was once started
+        raise ConfigError("out", f"must be an absolute path, not {out}: Flower's runtime works in another folder")
+    return RunFolder.create(out, config)
 
 
 def _config(options: Mapping[str, Any]) -> RunConfig:

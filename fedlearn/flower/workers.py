@@ -22,7 +22,8 @@ from fedlearn.sources import Clock
 __all__ = ["Outcome", "WorkerPool"]
 
 Job = tuple[Message, Context]
-Work = Callable[[Job], tuple[Message, RecordDict]]
+Answer = tuple[Message, RecordDict]
+Work = Callable[[Job], Answer]
 
 _AHEAD = 2
 """How many answers a worker may be ahead of the one that is waited for; bounds memory."""
@@ -62,16 +63,14 @@ class WorkerPool:
             self._stop(worker)
         self._workers.clear()
 
-    def map(
-        self, jobs: list[Job], deadline: float | None, clock: Clock
-    ) -> Iterator[tuple[Message, RecordDict] | Outcome]:
+    def map(self, jobs: list[Job], deadline: float | None, clock: Clock) -> Iterator[Answer | Outcome]:
         """Yield the outcome of each job in the jobs' order; none later than ``deadline`` on ``clock``."""
         waiting = deque(range(len(jobs)))
-        done: dict[int, tuple[Message, RecordDict] | Outcome] = {}
+        done: dict[int, Answer | Outcome] = {}
         following = 0
         try:
             while following < len(jobs):
-                self._hand_out(jobs, waiting, following)
+                self._hand_out(jobs, waiting, following, done)
                 left_s = None if deadline is None else max(0.0, deadline - clock.monotonic())
                 self._collect(done, left_s)
                 if left_s == 0.0:
@@ -84,24 +83,37 @@ class WorkerPool:
         finally:
             for position, worker in enumerate(self._workers):
                 if worker.job is not None:  # past its deadline, or nobody wants the answer any more
-                    self._stop(worker)
-                    self._workers[position] = self._start()
+                    self._replace(position)
 
-    def _hand_out(self, jobs: list[Job], waiting: deque[int], following: int) -> None:
+    def _hand_out(
+        self, jobs: list[Job], waiting: deque[int], following: int, done: dict[int, Answer | Outcome]
+    ) -> None:
         """Give the next jobs to idle workers, not too far ahead."""
-        for position, worker in enumerate(self._workers):
-            if worker.job is None and waiting and waiting[0] < following + _AHEAD * len(self._workers):
+        for position in range(len(self._workers)):
+            idle = self._workers[position].job is None
+            if idle and waiting and waiting[0] < following + _AHEAD * len(self._workers):
                 index = waiting.popleft()
-                worker.job = index
-                try:
-                    worker.pipe.send_bytes(pickle.dumps(jobs[index], pickle.HIGHEST_PROTOCOL))
-                except (BrokenPipeError, ConnectionResetError):
-                    self._workers[position] = self._start()  # it died idle; its successor gets the job
-                    waiting.appendleft(index)
+                if not self._give(position, index, pickle.dumps(jobs[index], pickle.HIGHEST_PROTOCOL)):
+                    done[index] = Outcome.LOST
 
-    def _collect(self, done: dict[int, tuple[Message, RecordDict] | Outcome], left_s: float | None) -> None:
-        """Wait for at least one busy worker, or until no time is left, and take what is there."""
+    def _give(self, position: int, index: int, job: bytes) -> bool:
+        """Send a job to a worker; to its successor where it died idle. Return whether one of them took it."""
+        for _ in range(2):
+            worker = self._workers[position]
+            try:
+                worker.pipe.send_bytes(job)
+            except OSError:
+                self._replace(position)
+            else:
+                worker.job = index
+                return True
+        return False
+
+    def _collect(self, done: dict[int, Answer | Outcome], left_s: float | None) -> None:
+        """Wait for at least one busy worker if there is one, or until no time is left, and take what is there."""
         busy = {worker.pipe: position for position, worker in enumerate(self._workers) if worker.job is not None}
+        if not busy:
+            return
         for pipe in wait(list(busy), timeout=left_s):
             position = busy[pipe]  # type: ignore[index]
             worker = self._workers[position]
@@ -110,10 +122,9 @@ class WorkerPool:
                 continue
             try:
                 done[index] = pickle.loads(worker.pipe.recv_bytes())  # noqa: S301 (our own fork wrote it)
-            except (EOFError, ConnectionResetError):
+            except (EOFError, OSError):  # it died: before its answer, or in the middle of it
                 done[index] = Outcome.LOST
-                self._stop(worker)
-                self._workers[position] = self._start()
+                self._replace(position)
 
     def _start(self) -> _Worker:
         """Fork one worker."""
@@ -123,6 +134,11 @@ class WorkerPool:
         process.start()
         there.close()
         return _Worker(process, here)
+
+    def _replace(self, position: int) -> None:
+        """Stop one worker and put a new one in its place."""
+        self._stop(self._workers[position])
+        self._workers[position] = self._start()
 
     def _stop(self, worker: _Worker) -> None:
         """Kill one worker and bury it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,7 @@ def answer(model: FlatModel, task: Task, inputs: Tensor) -> Answers:
     model.module.eval()
     with computing(SeedTree.root(0)), torch.inference_mode():
         for start in range(0, len(inputs), _BATCH):
-            batch = inputs[start : start + _BATCH]
+            batch = inputs[start : start + _BATCH].clone()  # a model may work in place
             output = _forward(model, batch)
             part = task.decode(output)
             if part.dim() == 0 or len(part) != len(batch):
@@ -221,9 +220,11 @@ def read_question(path: Path, like: Examples | None) -> Question:
 def _read_npz(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
     """Return the arrays ``inputs`` and ``targets``."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file, zipfile, zlib and NumPy raise nearly anything
         raise DataError(f"{path}: is not a readable .npz file with plain arrays") from error
     if "inputs" not in arrays:
         found = ", ".join(sorted(arrays)) or "none"

@@ -44,7 +44,7 @@ class Examples:
 
     def take(self, index: NDArray[np.int64]) -> Examples:
         """Return a copy of the examples at ``index``."""
-        rows = torch.from_numpy(np.ascontiguousarray(index))
+        rows = torch.from_numpy(np.array(index, order="C"))  # a copy: torch warns of read-only memory
         groups = None if self.groups is None else np.asarray(self.groups)[index]
         return Examples(self.inputs[rows], self.targets[rows], groups)
 
@@ -60,7 +60,9 @@ class Examples:
             return labels
         if self.targets.dim() != 1 or self.targets.is_complex():
             return None
-        values = self.targets.numpy().astype(np.float64)
+        values = self.targets.double().numpy()  # NumPy knows no bfloat16
+        if len(values) == 0:
+            return np.zeros(0, dtype=np.int64)
         edges = np.quantile(values, np.linspace(0.1, 0.9, 9))
         return np.searchsorted(edges, values, side="right").astype(np.int64)
 

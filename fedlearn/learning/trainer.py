@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedlearn.arrays import Vector
 from fedlearn.config import TrainingConfig
-from fedlearn.errors import TaskError
+from fedlearn.errors import DataError, TaskError
 from fedlearn.learning.model import FlatModel, computing
 from fedlearn.learning.task import Examples, Task
 from fedlearn.sources import SeedTree
@@ -79,7 +79,13 @@ def train(
         training: local epochs or steps, batch size, learning rate, momentum.
         proximal_mu: weight of FedProx's ½μ‖θ − received‖², 0 for none.
         seeds: this client's in this round; orders the batches and drives dropout.
+
+    Raises:
+        DataError: there are no examples.
+        TaskError: the task's loss is not one value an example.
     """
+    if len(examples) == 0:
+        raise DataError("there is no example to train on")
     rate, momentum = training.learning_rate, training.momentum
     trained = slice(0, model.spec.trainable_size)
     with computing(seeds.child("torch")):
@@ -89,7 +95,7 @@ def train(
         velocity = torch.zeros_like(model.flat) if momentum else None
         losses, seen, steps = 0.0, 0, 0
         for rows in _batches(len(examples), training, seeds.child("batches").generator()):
-            inputs, targets = (examples.inputs, examples.targets) if rows is None else _pick(examples, rows)
+            inputs, targets = _pick(examples, slice(None) if rows is None else torch.from_numpy(rows))
             model.zero_gradient()
             per_example = _losses(task, model.module(inputs), targets)
             per_example.mean().backward()  # type: ignore[no-untyped-call]
@@ -109,22 +115,31 @@ def train(
 
 
 def evaluate(model: FlatModel, task: Task, parameters: Vector, examples: Examples, *, seeds: SeedTree) -> Evaluation:
-    """Return the summed loss and metrics of ``parameters``, shape (d,), on ``examples``."""
+    """Return the summed loss and metrics of ``parameters``, shape (d,), on ``examples``.
+
+    Raises:
+        DataError: there are no examples.
+        TaskError: the task's loss or a metric is not one value an example, or a metric has a reserved name.
+    """
+    if len(examples) == 0:
+        raise DataError("there is no example to evaluate on")
     sums: dict[str, float] = {}
     loss = 0.0
     with computing(seeds), torch.no_grad():
         model.load(parameters)
         model.module.eval()
         for start in range(0, len(examples), _EVALUATION_BATCH):
-            inputs = examples.inputs[start : start + _EVALUATION_BATCH]
-            targets = examples.targets[start : start + _EVALUATION_BATCH]
+            inputs, targets = _pick(examples, slice(start, start + _EVALUATION_BATCH))
             output = model.module(inputs)
             loss += float(_losses(task, output, targets).sum(dtype=torch.float64))
             for name, values in task.metrics(output, targets).items():
                 if name in ("loss", "num-examples"):
                     raise TaskError(f"a metric may not be called {name!r}; fedlearn reports that itself")
-                if values.shape != (len(targets),):
-                    raise TaskError(f"metric {name!r} has shape {tuple(values.shape)}, not one value an example")
+                if (found := _shape(values)) != (len(targets),):
+                    raise TaskError(
+                        f"{type(task).__name__}.metrics returned {found} for {name!r}; "
+                        f"it must return one value an example, shape ({len(targets)},): no mean"
+                    )
                 sums[name] = sums.get(name, 0.0) + float(values.sum(dtype=torch.float64))
     return Evaluation(num_examples=len(examples), sums={**sums, "loss": loss})
 
@@ -132,18 +147,23 @@ def evaluate(model: FlatModel, task: Task, parameters: Vector, examples: Example
 def _losses(task: Task, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the task's per-example losses, checked: a mean or a matrix would train something else in silence."""
     losses = task.loss(output, targets)
-    if losses.shape != (len(targets),):
+    if (found := _shape(losses)) != (len(targets),):
         raise TaskError(
-            f"{type(task).__name__}.loss returned shape {tuple(losses.shape)}; "
+            f"{type(task).__name__}.loss returned {found}; "
             f"it must return one loss an example, shape ({len(targets)},) (in torch: reduction='none')"
         )
     return losses
 
 
-def _pick(examples: Examples, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the inputs and targets of one batch."""
-    index = torch.from_numpy(rows)
-    return examples.inputs[index], examples.targets[index]
+def _shape(values: object) -> tuple[int, ...] | str:
+    """Return a tensor's shape, or what else a task returned."""
+    return tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+
+
+def _pick(examples: Examples, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a copy of the inputs and targets of one batch: a model may work in place."""
+    inputs, targets = examples.inputs[rows], examples.targets[rows]
+    return (inputs, targets) if isinstance(rows, torch.Tensor) else (inputs.clone(), targets.clone())
 
 
 def _batches(size: int, training: TrainingConfig, generator: np.random.Generator) -> Iterator[NDArray[np.int64] | None]:

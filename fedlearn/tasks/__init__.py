@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedlearn.errors import TaskNotFoundError, nearest
+from fedlearn.errors import FedlearnError, TaskError, TaskNotFoundError, nearest
 from fedlearn.plugins import load_class
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def load_task(name: str) -> Task:
 
     Raises:
         TaskNotFoundError: there is no such name, module, file or class.
+        TaskError: there is one, but it is no task, or it cannot be created without arguments.
     """
     if name in BUILT_IN:
         name = BUILT_IN[name][0]
@@ -37,4 +38,10 @@ def load_task(name: str) -> Task:
         )
     from fedlearn.learning.task import Task  # torch: only once the name can be one
 
-    return load_class(name, Task, kind="task")()  # type: ignore[type-abstract]
+    found = load_class(name, Task, kind="task")  # type: ignore[type-abstract]
+    try:
+        return found()
+    except FedlearnError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{found.__name__}() raised {type(error).__name__}: {error}") from error
