@@ -1,0 +1,402 @@
+"""``LocalGrid`` keeps the contract of Flower's ``Grid``: in this process and in workers, in good order and in bad."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.run import Run
+
+from fedlearn.flower.grid import LocalGrid
+from fedlearn.sources import ManualClock
+
+NODES = 5
+EVERYWHERE = pytest.mark.parametrize("workers", [0, 2])
+
+
+def client_app(work) -> ClientApp:
+    """Return an app that answers ``train`` by what ``work`` returns for (message, context)."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(work(message, context), reply_to=message)
+
+    return app
+
+
+def echo(message: Message, context: Context) -> RecordDict:
+    """Add this node's number to the vector it is sent."""
+    vector = message.content.array_records["model"]["vector"].numpy()
+    numbers = MetricRecord({"node": context.node_id, "partition": context.node_config["partition-id"]})
+    return RecordDict({"model": ArrayRecord({"vector": Array(vector + context.node_id)}), "numbers": numbers})
+
+
+def content(value=0.0) -> RecordDict:
+    vector = np.full(1000, value)
+    return RecordDict({"model": ArrayRecord({"vector": Array(vector)}), "config": ConfigRecord({"round": 1})})
+
+
+def messages(nodes=range(1, NODES + 1), shared=None, ttl=60.0) -> list[Message]:
+    return [Message(shared or content(node), node, "train", ttl=ttl, group_id="1.1") for node in nodes]
+
+
+@pytest.fixture
+def start() -> Iterator:
+    """Return a function that starts a grid; all are closed in the end."""
+    grids = []
+
+    def call(work=echo, workers=0, clients=NODES, app=None, **more) -> LocalGrid:
+        grids.append(LocalGrid(app or client_app(work), clients=clients, workers=workers, **more))
+        return grids[-1]
+
+    yield call
+    for grid in grids:
+        grid.close()
+
+
+def node_of(reply: Message) -> int:
+    return reply.content.metric_records["numbers"]["node"]
+
+
+def check_answers(sent, replies):
+    """Assert exactly one reply for each message, in order, that fits together with it."""
+    assert len(sent) == len(replies)
+    for message, reply in zip(sent, replies, strict=True):
+        asked, told = message.metadata, reply.metadata
+        assert told.reply_to_message_id == asked.message_id
+        assert told.src_node_id == asked.dst_node_id
+        assert told.dst_node_id == asked.src_node_id
+        assert (told.run_id, told.group_id, told.message_type) == (asked.run_id, asked.group_id, asked.message_type)
+    ids = [each.metadata.message_id for each in (*sent, *replies)]
+    assert "" not in ids
+    assert len(set(ids)) == len(ids)
+
+
+# -- the seven members -------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_grid_and_has_every_member_of_one(start):
+    grid = start()
+    assert isinstance(grid, Grid)
+    assert set(Grid.__abstractmethods__) <= {
+        name for name in dir(grid) if callable(getattr(type(grid), name, None))
+    } | {"run"}
+    assert list(grid.get_node_ids()) == [1, 2, 3, 4, 5]
+    grid.set_run(Run.create_empty(7))
+    assert grid.run.run_id == 7
+    message = grid.create_message(content(), "train", 3, "g", ttl=9.0)
+    assert message.metadata.run_id == 7
+    assert (message.metadata.dst_node_id, message.metadata.group_id, message.metadata.ttl) == (3, "g", 9.0)
+
+
+@EVERYWHERE
+def test_every_message_gets_one_reply_in_the_order_of_asking(start, workers):
+    for order in ([1, 2, 3, 4, 5], [5, 3, 1], [2, 2, 2], []):
+        sent = messages(order)
+        replies = list(start(workers=workers).send_and_receive(sent, timeout=60))
+        check_answers(sent, replies)
+        assert [node_of(reply) for reply in replies] == order
+        assert [r.content.metric_records["numbers"]["partition"] for r in replies] == [n - 1 for n in order]
+
+
+@EVERYWHERE
+def test_what_is_pushed_is_answered_once_when_it_is_pulled(start, workers):
+    grid = start(workers=workers)
+    sent = messages()
+    ids = list(grid.push_messages(sent))
+    assert ids == [message.metadata.message_id for message in sent]
+    later, earlier = list(grid.pull_messages(ids[3:])), list(grid.pull_messages(ids[:3]))
+    check_answers(sent, earlier + later)
+    assert list(grid.pull_messages([*ids, "unknown"])) == []
+
+
+@EVERYWHERE
+def test_replies_stream_and_a_caller_may_stop_listening(start, workers):
+    grid = start(workers=workers)
+    first = next(iter(grid.send_and_receive(messages(), timeout=60)))
+    assert node_of(first) == 1
+    sent = messages()
+    check_answers(sent, list(grid.send_and_receive(sent, timeout=60)))
+
+
+def test_a_node_that_does_not_exist_is_refused(start):
+    for node in (0, 6):
+        with pytest.raises(ValueError, match="no node"):
+            start().send_and_receive(messages([node]))
+
+
+def slow_first(message: Message, context: Context) -> RecordDict:
+    """Answer the later, the sooner."""
+    time.sleep(0.05 * (NODES - context.node_id))
+    return echo(message, context)
+
+
+def test_the_same_bytes_on_any_number_of_workers(start):
+    answers = set()
+    for workers in (0, 1, 2, 3):
+        replies = start(slow_first, workers=workers).send_and_receive(messages(), timeout=60)
+        answers.add(b"".join(r.content.array_records["model"]["vector"].data for r in replies))
+    assert len(answers) == 1
+
+
+# -- clients that raise, die and hang ------------------------------------------------------------------------------
+
+
+def quarrelsome(message: Message, context: Context) -> RecordDict:
+    if context.node_id == 2:
+        raise PermissionError("patient Jane Doe, born 1970")
+    return echo(message, context)
+
+
+@EVERYWHERE
+def test_a_client_that_raises_becomes_flowers_error_without_its_text(start, workers, capfd):
+    sent = messages()
+    replies = list(start(quarrelsome, workers=workers).send_and_receive(sent, timeout=60))
+    check_answers(sent, replies)
+    assert [reply.has_error() for reply in replies] == [False, True, False, False, False]
+    error = replies[1].error
+    assert error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    assert "Jane" not in repr(replies[1])
+    assert "Jane" not in "".join(capfd.readouterr())
+
+
+def leaving(message: Message, context: Context) -> RecordDict:
+    if context.node_id == 2:
+        raise SystemExit("patient Jane Doe")
+    return echo(message, context)
+
+
+@EVERYWHERE
+def test_a_client_that_calls_exit_is_left_out_and_ends_nobody_else(start, workers):
+    sent = messages()
+    replies = list(start(leaving, workers=workers).send_and_receive(sent, timeout=60))
+    check_answers(sent, replies)
+    assert [reply.has_error() for reply in replies] == [False, True, False, False, False]
+
+
+def dying(message: Message, context: Context) -> RecordDict:
+    if context.node_id == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return echo(message, context)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_worker_that_is_killed_costs_only_its_message(start, workers):
+    grid = start(dying, workers=workers)
+    for _ in range(3):
+        sent = messages()
+        replies = list(grid.send_and_receive(sent, timeout=60))
+        check_answers(sent, replies)
+        assert [reply.has_error() for reply in replies] == [False, True, False, False, False]
+        assert replies[1].error.code == ErrorCode.CLIENT_APP_CRASHED
+
+
+def stuttering(message: Message, context: Context) -> RecordDict:
+    """Have this process killed when half of the answer is written."""
+    if context.node_id == 2:
+
+        def torn(descriptor, data):
+            os.write(descriptor, bytes(data)[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Connection._send.__defaults__ = (torn,)
+    return echo(message, context)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_in_the_middle_of_its_answer_costs_only_its_message(start, workers):
+    sent = messages()
+    replies = list(start(stuttering, workers=workers).send_and_receive(sent, timeout=60))
+    check_answers(sent, replies)
+    assert [reply.has_error() for reply in replies] == [False, True, False, False, False]
+    assert replies[1].error.code == ErrorCode.CLIENT_APP_CRASHED
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_were_killed_while_idle_are_replaced(start, workers):
+    grid = start(workers=workers)
+    list(grid.send_and_receive(messages(), timeout=60))
+    for worker in grid._pool._workers:
+        worker.process.kill()
+        worker.process.join()
+    sent = messages()
+    begun = time.monotonic()
+    replies = list(grid.send_and_receive(sent, timeout=10))
+    assert not any(reply.has_error() for reply in replies)
+    assert time.monotonic() - begun < 5
+    check_answers(sent, replies)
+
+
+def hanging(message: Message, context: Context) -> RecordDict:
+    if context.node_id == 3:
+        while True:
+            time.sleep(10)
+    return echo(message, context)
+
+
+def spinning(message: Message, context: Context) -> RecordDict:
+    if context.node_id == 3:
+        try:
+            while True:
+                pass
+        except Exception:
+            return echo(message, context)
+    return echo(message, context)
+
+
+@pytest.mark.parametrize("work", [hanging, spinning])
+@EVERYWHERE
+def test_a_client_that_hangs_is_stopped_at_the_deadline_and_the_rest_get_no_reply(start, work, workers):
+    grid = start(work, workers=workers)
+    sent = messages()
+    begun = time.monotonic()
+    replies = list(grid.send_and_receive(sent, timeout=0.6))
+    took_s = time.monotonic() - begun
+    assert 0.55 < took_s < 1.6
+    check_answers(sent, replies)
+    assert [r.has_error() for r in replies[:3]] == [False, False, True]
+    for reply in replies[2:]:
+        if reply.has_error():
+            assert reply.error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+    sent = messages([1, 2, 4])
+    assert not any(reply.has_error() for reply in grid.send_and_receive(sent, timeout=60))  # the grid lives on
+
+
+@EVERYWHERE
+def test_after_the_deadline_nobody_is_asked_any_more(start, workers):
+    class Late(ManualClock):
+        """A minute passes whenever anybody looks."""
+
+        def monotonic(self) -> float:
+            self.advance(60)
+            return super().monotonic()
+
+    sent = messages()
+    replies = list(start(workers=workers, clock=Late()).send_and_receive(sent, timeout=1))
+    check_answers(sent, replies)
+    assert all(r.has_error() and r.error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE for r in replies[1:])
+
+
+@EVERYWHERE
+def test_somebody_elses_alarm_still_rings_when_it_would_have(start, workers):
+    def mine(*_):
+        raise AssertionError
+
+    handler, timer = signal.signal(signal.SIGALRM, mine), signal.setitimer(signal.ITIMER_REAL, 50.0)
+    try:
+        list(start(workers=workers).send_and_receive(messages(), timeout=60))
+        assert signal.getsignal(signal.SIGALRM) is mine
+        assert 40.0 < signal.getitimer(signal.ITIMER_REAL)[0] < 50.0
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def test_closing_ends_every_worker(start):
+    grid = start(workers=3)
+    processes = [worker.process.pid for worker in grid._pool._workers]
+    grid.close()
+    grid.close()
+    for pid in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+# -- what messages and clients share -------------------------------------------------------------------------------
+
+
+def vandal(message: Message, context: Context) -> RecordDict:
+    """Answer, then break everything that was received."""
+    answer = echo(message, context)
+    answer["config"] = ConfigRecord(dict(message.content.config_records["config"]))
+    message.content.array_records["model"]["vector"] = Array(np.full(1000, np.nan))
+    message.content.config_records["config"]["round"] = 99
+    message.content["more"] = MetricRecord({"x": 1})
+    del message.content["model"]
+    return answer
+
+
+@EVERYWHERE
+def test_a_client_that_changes_its_records_changes_nobody_elses(start, workers):
+    shared = content(1.0)
+    replies = list(start(vandal, workers=workers).send_and_receive(messages(shared=shared), timeout=60))
+    for node, reply in enumerate(replies, start=1):
+        np.testing.assert_array_equal(reply.content.array_records["model"]["vector"].numpy(), 1.0 + node)
+        assert dict(reply.content.config_records["config"]) == {"round": 1}
+    assert set(shared) == {"model", "config"}
+    np.testing.assert_array_equal(shared.array_records["model"]["vector"].numpy(), 1.0)
+
+
+def remembering(message: Message, context: Context) -> RecordDict:
+    record = context.state.setdefault("memory", MetricRecord({"times": 0}))
+    record["times"] += 1
+    return RecordDict({"memory": MetricRecord({"times": record["times"]})})
+
+
+@EVERYWHERE
+def test_what_a_client_keeps_it_finds_again_and_nobody_else_does(start, workers):
+    grid = start(remembering, workers=workers)
+
+    def times(nodes):
+        return [r.content.metric_records["memory"]["times"] for r in grid.send_and_receive(messages(nodes), timeout=60)]
+
+    assert times([1, 2, 3]) == [1, 1, 1]
+    assert times([1, 3]) == [2, 2]
+    assert times([1, 2, 3, 4]) == [3, 2, 3, 1]
+
+
+class DropsTwo:
+    """Nodes of client 1 never answer."""
+
+    def drops(self, group: str, client: int) -> bool:
+        assert group == "1.1"
+        return client == 1
+
+
+@EVERYWHERE
+def test_a_message_that_is_dropped_gets_flowers_error_and_its_client_never_works(start, workers):
+    replies = list(start(dying, workers=workers, faults=DropsTwo()).send_and_receive(messages(), timeout=60))
+    assert [reply.has_error() for reply in replies] == [False, True, False, False, False]
+    assert replies[1].error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+
+
+# -- Flower's own strategy -----------------------------------------------------------------------------------------
+
+
+def half_way(message: Message, context: Context) -> RecordDict:
+    """Go half the way to this client's own number."""
+    weights = message.content.array_records["arrays"]["w"].numpy()
+    target = float(context.node_id)
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"w": Array((weights + target) / 2)}),
+            "metrics": MetricRecord({"num-examples": 10, "distance": float(np.abs(weights - target).max())}),
+        }
+    )
+
+
+@EVERYWHERE
+def test_flowers_own_fedavg_runs_unmodified(start, workers):
+    app = client_app(half_way)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1, "node": 1.0})}), reply_to=message)
+
+    strategy = FedAvg(fraction_train=1.0, fraction_evaluate=1.0)
+    grid = start(app=app, workers=workers)
+    result = strategy.start(grid, ArrayRecord({"w": Array(np.zeros(3))}), num_rounds=3)
+    np.testing.assert_allclose(result.arrays["w"].numpy(), 3.0 * (1 - 0.5**3))  # the clients' mean number is 3
+    assert list(result.train_metrics_clientapp) == [1, 2, 3]
+    assert result.evaluate_metrics_clientapp[3]["node"] == pytest.approx(1.0)
