@@ -9,7 +9,10 @@ from pathlib import Path
 
 from fedlearn.errors import RunFailedError
 
-__all__ = ["write_atomic"]
+__all__ = ["TEMPORARY", "write_atomic"]
+
+TEMPORARY = ".tmp"
+"""How a file ends that a crash left half written; its name begins with a dot."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -22,7 +25,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         with os.fdopen(descriptor, "wb") as handle:
             handle.write(data)
             handle.flush()

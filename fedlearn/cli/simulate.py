@@ -238,7 +238,12 @@ def _left_out(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return how often clients were left out of a round, by reason."""
     from fedlearn.cli.rendering import count_text
 
-    reasons = Counter(code for line in lines for code in line["failures"].values())
+    reasons = Counter(
+        code
+        for line in lines
+        for failures in (line["failures"], *line.get("earlier_failures", ()))
+        for code in failures.values()
+    )
     if not reasons:
         return "no client"
     asked = sum(line["cohort"] for line in lines)

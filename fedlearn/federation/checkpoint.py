@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -69,8 +71,18 @@ def save_checkpoint(path: Path, state: RunState, config_sha256: str) -> None:
         "round": str(state.round_number),
         "totals": json.dumps(asdict(state.totals)),
         "config": config_sha256,
+        "tensors": _digest(tensors),
     }
     write_atomic(path, save(tensors, metadata))
+
+
+def _digest(tensors: Mapping[str, NDArray[np.generic]]) -> str:
+    """Return a hash over the tensors by name: safetensors has none of its own."""
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        hasher.update(f"{name}:{tensors[name].dtype}:{tensors[name].shape}:".encode())
+        hasher.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return hasher.hexdigest()
 
 
 def load_checkpoint(path: Path, config_sha256: str) -> RunState | None:
@@ -87,6 +99,8 @@ def load_checkpoint(path: Path, config_sha256: str) -> RunState | None:
             tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
         if metadata["version"] != _VERSION or metadata["config"] != config_sha256:
             raise RunUnreadableError(f"{path} was written by another configuration or version; start a new run")
+        if metadata["tensors"] != _digest(tensors):
+            raise RunUnreadableError(f"{path} is damaged (its numbers are not those that were saved); start a new run")
         params = tensors.pop("params").astype(np.float64)
         slots = {name.removeprefix("slot."): tensor for name, tensor in tensors.items()}
         server = ServerState(params=params, slots=slots, round_number=int(metadata["round"]))

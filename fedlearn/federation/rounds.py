@@ -25,7 +25,7 @@ from fedlearn.learning import Examples, FlatModel, Task, build_flat_model, evalu
 from fedlearn.privacy.sampling import Draw, draw_cohort
 from fedlearn.sources import Clock, SeedTree
 
-__all__ = ["Federation", "Observer", "SilentObserver"]
+__all__ = ["Federation", "Observer", "SilentObserver", "Validation"]
 
 
 class Observer(Protocol):
@@ -53,6 +53,7 @@ class _Tally:
     """What came back of one try of a round; holds one vector, however many clients answer."""
 
     total: NDArray[np.float64]
+    cohort: int
     weight: int = 0
     loss: float = 0.0
     respondents: int = 0
@@ -71,6 +72,23 @@ class _Tally:
             self.weight += reply.weight
             self.loss += reply.mean_loss * reply.weight
             self.respondents += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What was measured of a model.
+
+    Attributes:
+        metrics: the headline: central where there is a test set, else the clients'.
+        totals: the run's totals with what measuring cost.
+        federated_metrics: the clients', where both were asked for.
+        failures: the clients that could not say.
+    """
+
+    metrics: Mapping[str, float]
+    totals: Totals
+    federated_metrics: Mapping[str, float] = field(default_factory=dict)
+    failures: Mapping[int, Failure] = field(default_factory=dict)
 
 
 class Federation:
@@ -162,12 +180,8 @@ class Federation:
             )
         return replace(state, server=replace(new, params=params))
 
-    def validate(self, state: RunState) -> tuple[dict[str, float], dict[str, float], Totals]:
-        """Measure the model: on the central test set, at the clients, or both, as the scenario says.
-
-        Returns:
-            The headline metrics, the clients' metrics where both were asked for, and the totals with their cost.
-        """
+    def validate(self, state: RunState) -> Validation:
+        """Measure the model: on the central test set, at the clients, or both, as the scenario says."""
         wanted = self.config.federation.evaluation
         parameters = self._parameters(state)
         central: dict[str, float] = {}
@@ -175,9 +189,11 @@ class Federation:
             seeds = self.seeds.child("validate")
             central = evaluate(self.model, self.task, parameters, self.test, seeds=seeds).means()
         if wanted in ("off", "central") or (wanted == "auto" and self.test is not None):
-            return central, {}, state.totals
-        federated, totals = self._validate_at_clients(state, parameters)
-        return (central, federated, totals) if central else (federated, {}, totals)
+            return Validation(metrics=central, totals=state.totals)
+        at_clients = self._validate_at_clients(state, parameters)
+        if not central:
+            return at_clients
+        return replace(at_clients, metrics=central, federated_metrics=at_clients.metrics)
 
     # -- their composition -------------------------------------------------------------------------------------
 
@@ -185,41 +201,45 @@ class Federation:
         """Take one round: invite, train, sum, update, validate, keep."""
         started = self.clock.monotonic()
         number = state.round_number + 1
-        draw, plan, tally, totals = self._train_until_enough(number, state)
+        tries, totals = self._train_until_enough(number, state)
+        tally, before = tries[-1], state.totals
         state = self.update(replace(state, totals=totals), tally)
-        measured: tuple[dict[str, float], dict[str, float], Totals] = ({}, {}, state.totals)
+        measured = Validation(metrics={}, totals=state.totals)
         if number % self.config.federation.evaluate_every == 0 or number == self.config.federation.rounds:
             measured = self.validate(state)
-        metrics, federated, totals = measured
-        wall_s = self.clock.monotonic() - started
+        totals = measured.totals.plus(wall_s=self.clock.monotonic() - started)
         line = {
             "round": number,
-            "attempt": plan.attempt,
-            "cohort": len(draw.cohort),
+            "attempt": len(tries),
+            "cohort": tally.cohort,
             "respondents": tally.respondents,
-            "failures": {str(client): str(failure.code) for client, failure in sorted(tally.failures.items())},
+            "failures": _codes(tally.failures),
             "train_loss": tally.loss / tally.weight,
-            "metrics": metrics,
-            "wall_s": round(wall_s, 6),
-            "upload_bytes": tally.upload_bytes,
-            "download_bytes": tally.download_bytes,
+            "metrics": measured.metrics,
+            "wall_s": round(totals.wall_s - before.wall_s, 6),
+            "upload_bytes": totals.upload_bytes - before.upload_bytes,
+            "download_bytes": totals.download_bytes - before.download_bytes,
         }
-        if federated:
-            line["federated_metrics"] = federated
-        state = replace(state, totals=totals.plus(wall_s=wall_s))
+        if len(tries) > 1:
+            line["earlier_failures"] = [_codes(each.failures) for each in tries[:-1]]
+        if measured.federated_metrics:
+            line["federated_metrics"] = measured.federated_metrics
+        if measured.failures:
+            line["evaluation_failures"] = _codes(measured.failures)
+        state = replace(state, totals=totals)
         self.folder.save_round(line, state)
         self.observer.finished_round(line)
         return state
 
-    def _train_until_enough(self, number: int, state: RunState) -> tuple[Draw, RoundPlan, _Tally, Totals]:
-        """Try the round with fresh cohorts until enough clients answered."""
+    def _train_until_enough(self, number: int, state: RunState) -> tuple[list[_Tally], Totals]:
+        """Try the round with fresh cohorts until enough clients answered; return every try, and what all cost."""
         federation, totals = self.config.federation, state.totals
-        tally = _Tally(np.zeros(0))
+        tries: list[_Tally] = []
         for attempt in range(1, federation.round_tries + 1):
             draw = self._draw("cohort", number, attempt)
             plan = self._plan(number, attempt)
             requests = self.distribute_model("train", draw, plan, self._parameters(state))
-            tally = _Tally(np.zeros(self.model.spec.size))
+            tally = _Tally(np.zeros(self.model.spec.size), cohort=len(draw.cohort))
             for reply in self.communicate(requests, plan):
                 tally.add(reply)
             totals = totals.plus(
@@ -227,11 +247,11 @@ class Federation:
                 upload_bytes=tally.upload_bytes,
                 download_bytes=tally.download_bytes,
             )
+            tries.append(tally)
             if tally.respondents >= (federation.min_respondents or 1):
-                return draw, plan, tally, totals
-        raise RoundFailedError(
-            self._too_few(number, tally), number, {str(c): str(f.code) for c, f in sorted(tally.failures.items())}
-        )
+                return tries, totals
+            tally.total = np.zeros(0)
+        raise RoundFailedError(self._too_few(number, tries[-1]), number, _codes(tries[-1].failures))
 
     def _too_few(self, number: int, tally: _Tally) -> str:
         """Say why a round failed and what to do."""
@@ -246,24 +266,23 @@ class Federation:
             f"{self.folder.path}. Look into the clients' logs, or lower federation.min-respondents"
         )
 
-    def _validate_at_clients(self, state: RunState, parameters: NDArray[Any]) -> tuple[dict[str, float], Totals]:
-        """Return the means over all examples of the clients asked, and of each client's mean (``…_client_mean``)."""
+    def _validate_at_clients(self, state: RunState, parameters: NDArray[Any]) -> Validation:
+        """Measure at the clients: the mean over all their examples, and over each client's mean (``…_client_mean``)."""
         plan = self._plan(state.round_number, 1)
         draw = self._draw("evaluate", state.round_number, 1)
-        sums: dict[str, float] = {}
-        client_means: dict[str, float] = {}
-        count, clients, totals = 0, 0, state.totals
+        means: dict[str, list[tuple[float, int]]] = {}
+        failures: dict[int, Failure] = {}
+        totals = state.totals
         for reply in self.communicate(self.distribute_model("evaluate", draw, plan, parameters), plan):
             totals = totals.plus(upload_bytes=reply.upload_bytes, download_bytes=reply.download_bytes)
-            if isinstance(reply, EvaluateReply):
-                count += reply.num_examples
-                clients += 1
+            if isinstance(reply, Failure):
+                failures[reply.client] = reply
+            elif isinstance(reply, EvaluateReply):
                 for name, value in reply.sums.items():
-                    sums[name] = sums.get(name, 0.0) + value
-                    client_means[name] = client_means.get(name, 0.0) + value / reply.num_examples
-        means = {name: total / count for name, total in sums.items()}
-        means.update((f"{name}_client_mean", total / clients) for name, total in client_means.items())
-        return means, totals
+                    means.setdefault(name, []).append((value, reply.num_examples))
+        metrics = {name: sum(v for v, _ in each) / sum(n for _, n in each) for name, each in means.items()}
+        metrics.update((f"{name}_client_mean", sum(v / n for v, n in each) / len(each)) for name, each in means.items())
+        return Validation(metrics=metrics, totals=totals, failures=failures)
 
     def _draw(self, purpose: str, number: int, attempt: int) -> Draw:
         """Draw a cohort from the clients that are there."""
@@ -296,3 +315,8 @@ class Federation:
         if test is None and wanted in ("central", "both"):
             raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
         return test
+
+
+def _codes(failures: Mapping[int, Failure]) -> dict[str, str]:
+    """Return client to failure code, in the clients' order, as it is written down."""
+    return {str(client): str(failure.code) for client, failure in sorted(failures.items())}

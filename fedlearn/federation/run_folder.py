@@ -13,7 +13,7 @@ from typing import Any
 from fedlearn.config import RunConfig
 from fedlearn.errors import ConfigError, MissingError, RunFailedError, RunUnreadableError, UsageError
 from fedlearn.federation.checkpoint import RunState, load_checkpoint, save_checkpoint
-from fedlearn.files import write_atomic
+from fedlearn.files import TEMPORARY, write_atomic
 from fedlearn.scenario import load_config
 
 __all__ = ["RunFolder", "series"]
@@ -92,6 +92,9 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise RunFailedError(f"another process is working in {self.path}; wait for it or stop it") from error
+            for folder in (self.path, self._checkpoint.parent):
+                for litter in folder.glob(f".*{TEMPORARY}"):  # of a process that was killed in the middle of a file
+                    litter.unlink(missing_ok=True)
             yield
 
     def load_state(self) -> RunState | None:

@@ -156,10 +156,10 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
         try:
             return Message(work(message, context), reply_to=message)
         except ReplyError as error:
-            log.warning("incident %s, client %s: %s", incident, context.node_id, error)
+            log.warning("incident %s, client %s: %s", incident, _client_id(context), error)
             return refusal(error.code, incident, message)
-        except Exception:
-            log.exception("incident %s, client %s", incident, context.node_id)
+        except (Exception, SystemExit):  # a task that calls sys.exit() ends its answer and not the device
+            log.exception("incident %s, client %s", incident, _client_id(context))
             return refusal(FailureCode.TRAINING_FAILED, incident, message)
 
     return handler

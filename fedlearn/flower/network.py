@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from flwr.app import Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 
 from fedlearn.arrays import ParamSpec
@@ -122,7 +123,10 @@ class GridNetwork:
             if index is None or index in answered:
                 log.warning("left out a reply that nobody asked for, from node %s", reply.metadata.src_node_id)
                 continue
-            if not reply.has_error() and reply.metadata.src_node_id != messages[index].metadata.dst_node_id:
+            senders = {messages[index].metadata.dst_node_id}
+            if reply.has_error():
+                senders.add(SUPERLINK_NODE_ID)  # says that a node is gone or a message has expired
+            if reply.metadata.src_node_id not in senders:
                 log.warning("left out a reply from node %s to another node's message", reply.metadata.src_node_id)
                 continue
             answered.add(index)

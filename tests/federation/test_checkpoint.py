@@ -90,3 +90,13 @@ def test_a_folder_in_its_place_is_refused(tmp_path):
     (tmp_path / "state.safetensors").mkdir()
     with pytest.raises(RunUnreadableError):
         load_checkpoint(tmp_path / "state.safetensors", CONFIG)
+
+
+def test_a_flipped_bit_in_the_numbers_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_checkpoint(path, STATE, CONFIG)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # safetensors itself would read on
+    path.write_bytes(data)
+    with pytest.raises(RunUnreadableError, match="damaged"):
+        load_checkpoint(path, CONFIG)

@@ -255,6 +255,9 @@ def test_what_failed_tries_cost_is_counted(begin):
     assert totals.client_updates == 1 + 3
     assert totals.upload_bytes == 600
     assert totals.download_bytes == 6000
+    (line,) = run.folder.metrics()
+    assert (line["upload_bytes"], line["download_bytes"]) == (600, 6000)
+    assert (line["failures"], line["earlier_failures"]) == ({}, [{"0": "training-failed", "1": "training-failed"}])
 
 
 def test_after_the_last_try_the_run_ends_and_keeps_its_last_good_model(begin):
