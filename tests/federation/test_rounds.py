@@ -380,6 +380,7 @@ def test_clients_validate_where_there_is_no_central_test_set(begin):
     for line in run.folder.metrics():
         assert line["metrics"]["loss"] == pytest.approx((0 + 1 + 2 + 4) / (1 + 2 + 3 + 5))
         assert line["metrics"]["loss_client_mean"] == pytest.approx((0 + 1 / 2 + 2 / 3 + 4 / 5) / 4)
+        assert line["evaluation_failures"] == {"3": "not-finite"}
 
 
 def test_nobody_able_to_validate_is_no_metric_and_no_crash(begin):
