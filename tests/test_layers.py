@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "config", "config_reading", "scenario", "plugins", "sources", "arrays", "files"}),
     frozenset({"privacy", "secagg"}),
-    frozenset({"learning", "algorithms", "data", "tasks", "audit"}),
+    frozenset({"learning", "algorithms", "charts", "data", "tasks", "audit"}),
     frozenset({"federation"}),
     frozenset({"flower"}),
     frozenset({"cli", "report", "simulation", "edge", "__main__"}),

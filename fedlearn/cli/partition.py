@@ -123,7 +123,7 @@ def _counted(task: Task, distribution: Distribution) -> tuple[NDArray[np.int64],
 
 def _draw(holdings: _Holdings, config: RunConfig, out: Path) -> Path:
     """Write the picture."""
-    from fedlearn.federation.charts import draw_partition
+    from fedlearn.charts import draw_partition
     from fedlearn.files import write_atomic
 
     svg = draw_partition(holdings.counts, holdings.names or ("all",), title=_title(holdings, config))

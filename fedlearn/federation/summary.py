@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from fedlearn.federation.charts import draw_history
+from fedlearn.charts import draw_history
 from fedlearn.federation.checkpoint import RunState
 from fedlearn.federation.run_folder import RunFolder, series
 from fedlearn.learning import FlatModel

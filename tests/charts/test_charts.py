@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedlearn.errors import DependencyError
-from fedlearn.federation.charts import draw_history, draw_partition
+from fedlearn.charts import draw_history, draw_partition
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = [

@@ -1,0 +1,11 @@
+"""Pictures of a run, as SVG text: how it learned, and who held what.
+
+Guarantees, for every picture: the same arguments give the same bytes; nothing outside the file is
+referred to, so it may be put into a page as it is; names are drawn as they are spelled, never as markup
+or mathematics; pyplot and its global state are left alone; the background is white.
+"""
+
+from fedlearn.charts.distribution import draw_partition
+from fedlearn.charts.history import draw_history
+
+__all__ = ["draw_history", "draw_partition"]
