@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from fedlearn.errors import DependencyError
 from fedlearn.charts import draw_history, draw_partition
+from fedlearn.errors import DependencyError
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = [
