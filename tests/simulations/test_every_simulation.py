@@ -53,7 +53,7 @@ def test_data_from_outside_is_named_relative_to_the_scenario(folder: Path) -> No
     path = read_scenario(str(folder / "scenario.toml")).data.path
     if path is not None:
         assert 'path = "../../../shared/data/' in text
-        assert Path(path).parent == ROOT.parents[1] / "shared" / "data"
+        assert Path(path).parent == (ROOT.parents[1] / "shared" / "data").resolve()
 
 
 def test_the_index_names_every_folder() -> None:
