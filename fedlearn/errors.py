@@ -99,7 +99,8 @@ class DependencyError(MissingError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         self.package = package
         self.extra = extra
-        super().__init__(f"{purpose} needs the package {package!r}. Install it: pip install 'fedlearn[{extra}]'")
+        command = f"pip install -c constraints.txt '.[{extra}]'"
+        super().__init__(f"{purpose} needs the package {package!r}. In fedlearn's folder: {command}")
 
 
 class RunUnreadableError(MissingError):

@@ -100,11 +100,13 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; every error becomes a sentence and an exit code, never a traceback of ours."""
+    _open_streams()
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     code = 0
     try:
         code = int(typer.main.get_command(_app).main(words, prog_name="fedlearn", standalone_mode=False) or 0)
+        sys.stdout.flush()  # a full disk shows here, while it can still be said
     except FedlearnError as error:
         message = ". ".join(str(part).rstrip(".") for part in (error, *getattr(error, "__notes__", ())))
         _report(type(error).__name__, message, as_json)
@@ -118,10 +120,18 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         _report("StoppedError", "stopped; what was finished is kept (simulate --resume goes on)", as_json)
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; flushing must not fail
+    except OSError as error:  # of standard output: whatever else can fail is a FedlearnError by now
+        if not isinstance(error, BrokenPipeError):
+            _report(type(error).__name__, f"cannot write: {error}", as_json=False)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at the end must not fail again
         code = 1
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Give a program started with a closed standard stream somewhere to write to."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
 def _report(kind: str, message: str, as_json: bool) -> None:

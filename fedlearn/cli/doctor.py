@@ -186,7 +186,7 @@ def check_simulation_extra() -> Check:
             f"scikit-learn {version('scikit-learn')}, matplotlib {version('matplotlib')}",
         )
     names = " and ".join("scikit-learn" if name == "sklearn" else name for name in missing)
-    need = "the built-in tasks need scikit-learn, pictures matplotlib: pip install 'fedlearn[simulation]'"
+    need = "the built-in tasks need scikit-learn, pictures matplotlib: pip install '.[simulation]' in fedlearn's folder"
     return Check("simulation extra", Status.warn, f"no {names}", need)
 
 
@@ -194,7 +194,7 @@ def check_optional(extra: str, packages: tuple[str, ...], purpose: str) -> Check
     """An extra that most people do without."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        command = f"for {purpose}: pip install 'fedlearn[{extra}]'"
+        command = f"for {purpose}: pip install '.[{extra}]' in fedlearn's folder"
         return Check(f"{extra} extra", Status.ok, f"not installed ({', '.join(missing)})", command)
     return Check(f"{extra} extra", Status.ok, ", ".join(f"{name} {version(name)}" for name in packages))
 

@@ -49,7 +49,8 @@ def _show(found: list[dict[str, Any]]) -> None:
     stdout.print(made)
     if any(each["needs"] for each in found):
         stdout.print(
-            "The examples come with scikit-learn, which is not installed: pip install 'fedlearn[simulation]'\n",
+            "The examples come with scikit-learn, which is not installed. "
+            "In fedlearn's folder: pip install '.[simulation]'\n",
             style="yellow",
         )
     own = [

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from fedlearn.config import RunConfig
 from fedlearn.data.partition import partition
 from fedlearn.errors import ConfigError, DataError, DependencyError
-from fedlearn.learning.task import ClientData, Examples, Pool, Task
+from fedlearn.learning.model import computing
+from fedlearn.learning.task import ClientData, Examples, Pool, Task, task_code
 from fedlearn.sources import SeedTree
 
-__all__ = ["Distribution", "distribute_data", "load_arrays", "require_sklearn"]
+__all__ = ["Distribution", "distribute_data", "load_arrays", "refuse_path", "require_sklearn"]
 
 
 class Distribution:
@@ -46,7 +47,8 @@ def distribute_data(task: Task, config: RunConfig) -> Distribution:
         DataError: the task's data is missing or empty.
     """
     data, seeds = config.data, SeedTree.root(config.seed).child("partition")
-    pool = task.load_pool(Path(data.path) if data.path is not None else None)
+    with task_code(task, "load_pool"), computing(seeds.child("load_pool")):
+        pool = task.load_pool(Path(data.path) if data.path is not None else None)
     if len(pool.train) == 0:
         raise DataError(f"the task {config.task!r} has no training examples")
 
@@ -119,3 +121,9 @@ def require_sklearn(purpose: str) -> None:
     """Raise DependencyError unless scikit-learn is installed."""
     if find_spec("sklearn") is None:
         raise DependencyError("scikit-learn", "simulation", purpose)
+
+
+def refuse_path(path: Path | None) -> None:
+    """Raise ConfigError where a task that brings its own data is given a path: it would be ignored."""
+    if path is not None:
+        raise ConfigError("data.path", "this task brings its own data and reads no file; leave it out")

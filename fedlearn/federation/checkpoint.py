@@ -51,10 +51,12 @@ class RunState:
     Attributes:
         server: θ and the server optimiser's own vectors, in float64.
         totals: what it has cost.
+        spec_sha256: the hash of the ``ParamSpec`` that θ is of.
     """
 
     server: ServerState
     totals: Totals
+    spec_sha256: str = ""
 
     @property
     def round_number(self) -> int:
@@ -71,6 +73,7 @@ def save_checkpoint(path: Path, state: RunState, config_sha256: str) -> None:
         "round": str(state.round_number),
         "totals": json.dumps(asdict(state.totals)),
         "config": config_sha256,
+        "spec": state.spec_sha256,
         "tensors": _digest(tensors),
     }
     write_atomic(path, save(tensors, metadata))
@@ -104,6 +107,7 @@ def load_checkpoint(path: Path, config_sha256: str) -> RunState | None:
         params = tensors.pop("params").astype(np.float64)
         slots = {name.removeprefix("slot."): tensor for name, tensor in tensors.items()}
         server = ServerState(params=params, slots=slots, round_number=int(metadata["round"]))
-        return RunState(server=server, totals=Totals(**json.loads(metadata["totals"])))
+        totals = Totals(**json.loads(metadata["totals"]))
+        return RunState(server=server, totals=totals, spec_sha256=metadata["spec"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RunUnreadableError(f"{path} is damaged ({type(error).__name__}); start a new run") from error

@@ -32,6 +32,7 @@ __all__ = [
 class FailureCode(StrEnum):
     """Why a client's answer is not in the round. The code travels; the text of an exception never does."""
 
+    BAD_DATA = "bad-data"  # the client's own data holds NaN or infinity
     BAD_REPLY = "bad-reply"  # wrong keys, shape, type or count
     BAD_REQUEST = "bad-request"  # the client could not read what it was sent
     LOST = "lost"  # the runtime reported that the client's process or node is gone

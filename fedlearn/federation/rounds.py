@@ -7,6 +7,7 @@ is ``fedlearn.learning.train`` at each client; the other five are methods of ``F
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlearn.algorithms import Algorithm, build_algorithm
+from fedlearn.algorithms import Algorithm, ServerState, build_algorithm
 from fedlearn.config import RunConfig
-from fedlearn.errors import ConfigError, RoundFailedError, RunFailedError, RunUnreadableError
+from fedlearn.errors import ConfigError, RoundFailedError, RunFailedError, RunUnreadableError, TaskError, UsageError
 from fedlearn.federation.checkpoint import RunState, Totals
 from fedlearn.federation.messages import EvaluateReply, Failure, Network, Reply, Request, RoundPlan, TrainReply
 from fedlearn.federation.run_folder import RunFolder
-from fedlearn.learning import Examples, FlatModel, Task, build_flat_model, evaluate
+from fedlearn.learning import Examples, FlatModel, Task, build_flat_model, computing, evaluate
+from fedlearn.learning.task import task_code
 from fedlearn.privacy.sampling import Draw, draw_cohort
 from fedlearn.sources import Clock, SeedTree
 
@@ -134,10 +136,11 @@ class Federation:
             RunUnreadableError: what was kept is damaged, or of another model than the task's.
         """
         state = self.folder.load_state() or self.initialise()
-        if state.server.params.size != self.model.spec.size:
+        if state.spec_sha256 != self.model.spec.sha256:
             raise RunUnreadableError(
-                f"{self.folder.path} was begun with a model of {state.server.params.size:,} numbers; the task now "
-                f"builds one of {self.model.spec.size:,}. Put the task back as it was, or start a new run"
+                f"{self.folder.path} was begun with another model than the task builds now (of "
+                f"{state.server.params.size:,} and {self.model.spec.size:,} numbers). Put the task back as it was, or "
+                "start a new run"
             )
         while state.round_number < self.config.federation.rounds:
             state = self._round(state)
@@ -147,7 +150,8 @@ class Federation:
 
     def initialise(self) -> RunState:
         """Set θ to the task's own initial parameters, under the run's seed."""
-        return RunState(server=self.algorithm.init(self.model.vector().astype(np.float64)), totals=Totals())
+        server = self.algorithm.init(self.model.vector().astype(np.float64))
+        return RunState(server=server, totals=Totals(), spec_sha256=self.model.spec.sha256)
 
     def distribute_model(self, kind: Any, draw: Draw, plan: RoundPlan, parameters: NDArray[Any]) -> list[Request]:
         """Address one request with the model to every client of the cohort."""
@@ -168,6 +172,10 @@ class Federation:
         """
         old, mean = state.server.params, tally.total / tally.weight
         new = self.algorithm.aggregate(state.server, mean)
+        if not isinstance(new, ServerState) or new.params.shape != old.shape:
+            raise UsageError(
+                f"{type(self.algorithm).__name__}.aggregate must return the next ServerState, as advance does"
+            )
         params = new.params.copy()
         untrained = slice(self.model.spec.trainable_size, None)
         params[untrained] = old[untrained] + mean[untrained]
@@ -175,8 +183,8 @@ class Federation:
             finite = np.isfinite(params.astype(self.model.spec.dtype)).all()
         if not finite:
             raise RunFailedError(
-                f"the model diverged in round {state.round_number + 1}; the model of the round before is kept in "
-                f"{self.folder.path}. Lower training.learning-rate or training.server-learning-rate"
+                f"the model diverged in round {state.round_number + 1}. {self._kept(state.round_number + 1)} "
+                "Lower training.learning-rate or training.server-learning-rate"
             )
         return replace(state, server=replace(new, params=params))
 
@@ -187,13 +195,26 @@ class Federation:
         central: dict[str, float] = {}
         if self.test is not None and wanted in ("auto", "central", "both"):
             seeds = self.seeds.child("validate")
-            central = evaluate(self.model, self.task, parameters, self.test, seeds=seeds).means()
+            with task_code(self.task, "loss or metrics"):
+                central = evaluate(self.model, self.task, parameters, self.test, seeds=seeds).means()
+            self._check_finite(central, state.round_number)
         if wanted in ("off", "central") or (wanted == "auto" and self.test is not None):
             return Validation(metrics=central, totals=state.totals)
         at_clients = self._validate_at_clients(state, parameters)
         if not central:
             return at_clients
         return replace(at_clients, metrics=central, federated_metrics=at_clients.metrics)
+
+    def _check_finite(self, metrics: Mapping[str, float], number: int) -> None:
+        """Raise if the model's own loss or metrics are no numbers; what clients say is checked as it comes."""
+        if not math.isfinite(metrics["loss"]):
+            raise RunFailedError(
+                f"the model's loss on the test set is not finite after round {number}: it diverged. "
+                "Lower training.learning-rate or training.server-learning-rate"
+            )
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise TaskError(f"{type(self.task).__name__}.metrics: {name!r} is not finite on the test set")
 
     # -- their composition -------------------------------------------------------------------------------------
 
@@ -248,7 +269,7 @@ class Federation:
                 download_bytes=tally.download_bytes,
             )
             tries.append(tally)
-            if tally.respondents >= (federation.min_respondents or 1):
+            if tally.respondents >= federation.min_respondents:
                 return tries, totals
             tally.total = np.zeros(0)
         raise RoundFailedError(self._too_few(number, tries[-1]), number, _codes(tries[-1].failures))
@@ -262,9 +283,15 @@ class Federation:
         federation = self.config.federation
         return (
             f"round {number}: {tally.respondents} clients answered, {federation.min_respondents} are needed, in each "
-            f"of {federation.round_tries} tries (last try: {reasons}). The model of round {number - 1} is kept in "
-            f"{self.folder.path}. Look into the clients' logs, or lower federation.min-respondents"
+            f"of {federation.round_tries} tries (last try: {reasons}). {self._kept(number)} "
+            f"Look into the clients' logs{', or lower federation.min-respondents' if tally.respondents else ''}"
         )
+
+    def _kept(self, number: int) -> str:
+        """Say what is left when round ``number`` fails."""
+        if number == 1:
+            return "No round was finished."
+        return f"The model of round {number - 1} is kept in {self.folder.path}."
 
     def _validate_at_clients(self, state: RunState, parameters: NDArray[Any]) -> Validation:
         """Measure at the clients: the mean over all their examples, and over each client's mean (``…_client_mean``)."""
@@ -287,7 +314,7 @@ class Federation:
     def _draw(self, purpose: str, number: int, attempt: int) -> Draw:
         """Draw a cohort from the clients that are there."""
         federation = self.config.federation
-        size = federation.cohort or federation.clients
+        size = federation.cohort
         there = self.network.clients(size, federation.round_timeout_s)
         return draw_cohort(there, size, self.seeds.child(purpose, number, attempt))
 
@@ -311,7 +338,8 @@ class Federation:
         if wanted in ("off", "federated"):
             return None
         path = self.config.data.path
-        test = self.task.load_test(Path(path) if path is not None else None)
+        with task_code(self.task, "load_test"), computing(self.seeds.child("load_test")):
+            test = self.task.load_test(Path(path) if path is not None else None)
         if test is None and wanted in ("central", "both"):
             raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
         return test

@@ -85,9 +85,13 @@ class RunFolder:
         """Hold the folder against a second process; the lock ends with the process, however it ends.
 
         Raises:
-            RunFailedError: another process is working in it.
+            RunFailedError: another process is working in it, or nothing can be written there.
         """
-        with (self.path / ".lock").open("w") as handle:
+        try:
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunFailedError(f"cannot write in {self.path}: {error.strerror}; give access, or copy it") from error
+        with lock as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -125,8 +129,10 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_bytes().split(b"\n")
-        complete = lines[:-1]  # what follows the last newline was never finished
+        try:
+            complete = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
+        except OSError as error:
+            raise RunUnreadableError(f"{path} cannot be read: {error.strerror}") from error
         try:
             found = [dict(json.loads(line)) for line in complete]
             if not all(isinstance(line["round"], int) for line in found):

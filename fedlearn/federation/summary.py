@@ -24,7 +24,8 @@ def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, An
     """Write ``model.safetensors``, ``history.svg`` and, last, ``summary.json``; return the summary.
 
     Bytes per client are the sizes of the records exchanged, over the whole run, divided by the clients of the
-    federation: what an average client sent and received in all.
+    federation: what an average client sent and received in all. ``finished`` is false for a run that ended early:
+    its last good model is there to be used, and ``--resume`` goes on from it.
     """
     config, totals = folder.config, state.totals
     model.load(state.server.params.astype(model.spec.dtype))
@@ -39,6 +40,7 @@ def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, An
     summary = {
         "task": config.task,
         "rounds": state.round_number,
+        "finished": state.round_number == config.federation.rounds,
         "clients": clients,
         "metrics": measured[-1]["metrics"] if measured else {},
         "wall_s": round(totals.wall_s, 3),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -18,7 +19,7 @@ from fedlearn.data.loaders import Distribution, distribute_data
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
 from fedlearn.flower.records import evaluate_reply_records, read_vector, refusal, train_reply_records
-from fedlearn.learning import ClientData, build_flat_model, evaluate, train
+from fedlearn.learning import ClientData, build_flat_model, computing, evaluate, train
 from fedlearn.sources import SeedTree
 from fedlearn.tasks import load_task
 
@@ -62,15 +63,16 @@ class _Site:
 
     def data(self, context: Context) -> ClientData:
         """Return what this node's client holds, prepared by the task."""
-        path = context.node_config.get("data-path")
-        if path is not None:
-            if context.node_config.get("task") != self.config.task:
-                raise ReplyError(FailureCode.REFUSED, f"this device trains no task {self.config.task!r}")
-            return self.task.prepare(self.task.load_local(Path(str(path))))
         client = _client_id(context)
-        if client >= len(self.distribution().train):
+        path = context.node_config.get("data-path")
+        if path is None and client >= len(self.distribution().train):
             raise ReplyError(FailureCode.BAD_REQUEST, f"partition-id {client}, but the run has fewer clients")
-        return self.task.prepare(self.distribution().client(client))
+        # The same chance in every round, so that a task that splits its data here splits it one way.
+        with computing(self.seeds.child("prepare", client)):
+            held = self.distribution().client(client) if path is None else self.task.load_local(Path(str(path)))
+            data = self.task.prepare(held)
+        _check_numbers(data)
+        return data
 
     def distribution(self) -> Distribution:
         """Return who holds what in a simulation; dealt out once."""
@@ -93,7 +95,7 @@ def _plan(text: str) -> RoundPlan:
 
 def _train(message: Message, context: Context) -> RecordDict:
     """Train the received model on this client's data and answer with the difference."""
-    plan, site, received = _open(message)
+    plan, site, received = _open(message, context)
     examples = site.data(context).train
     if len(examples) == 0:
         raise ReplyError(FailureCode.NO_DATA, "no training examples")
@@ -113,7 +115,7 @@ def _train(message: Message, context: Context) -> RecordDict:
 
 def _evaluate(message: Message, context: Context) -> RecordDict:
     """Test the received model on this client's own test examples and answer with sums."""
-    plan, site, parameters = _open(message)
+    plan, site, parameters = _open(message, context)
     examples = site.data(context).test
     if examples is None or len(examples) == 0:
         raise ReplyError(FailureCode.NO_DATA, "no test examples")
@@ -134,7 +136,7 @@ def _client_id(context: Context) -> int:
     return int(context.node_config.get("partition-id", context.node_id))
 
 
-def _open(message: Message) -> tuple[RoundPlan, _Site, Vector]:
+def _open(message: Message, context: Context) -> tuple[RoundPlan, _Site, Vector]:
     """Return the plan, the site and the received parameters, after checking that both sides mean the same model."""
     content = message.content
     if set(content) != {"model", "round"}:
@@ -142,10 +144,36 @@ def _open(message: Message) -> tuple[RoundPlan, _Site, Vector]:
     arrays, plan = content["model"], _plan(str(content.config_records["round"]["plan"]))
     if not isinstance(arrays, ArrayRecord) or "vector" not in arrays:
         raise ReplyError(FailureCode.BAD_REQUEST, "expected an array, vector")
-    site = _site(plan.config.to_json())
+    site = _site(_permitted(plan.config, context).to_json())
     if site.model.spec.sha256 != plan.spec_sha256:
         raise ReplyError(FailureCode.MODEL_MISMATCH, "this client's task builds another model than the server's")
     return plan, site, read_vector(arrays["vector"], site.model.spec)
+
+
+def _check_numbers(data: ClientData) -> None:
+    """Refuse data with NaN or infinity in it: trained on, it would look as if the model had diverged."""
+    for purpose, examples in (("training", data.train), ("test", data.test)):
+        if examples is None:
+            continue
+        for what, tensor in (("inputs", examples.inputs), ("targets", examples.targets)):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                row = int((~tensor.isfinite()).nonzero()[0, 0])
+                reason = f"the {what} of {purpose} example {row} are not finite, after the task prepared them"
+                raise ReplyError(FailureCode.BAD_DATA, reason)
+
+
+def _permitted(config: RunConfig, context: Context) -> RunConfig:
+    """Return the config to work by; on a device with the task that its owner installed, whatever the message names.
+
+    Nothing of a message is imported there: a task named otherwise is refused before anything is loaded. A task file
+    may lie in another folder than on the server; its name has to be the same.
+    """
+    if "data-path" not in context.node_config:
+        return config
+    own = str(context.node_config.get("task", ""))
+    if not own or PurePath(own).name != PurePath(config.task).name:
+        raise ReplyError(FailureCode.REFUSED, f"this device trains {own or 'no task'}, not {config.task}")
+    return replace(config, task=own)
 
 
 def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
@@ -158,8 +186,9 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
         except ReplyError as error:
             log.warning("incident %s, client %s: %s", incident, _client_id(context), error)
             return refusal(error.code, incident, message)
-        except (Exception, SystemExit):  # a task that calls sys.exit() ends its answer and not the device
-            log.exception("incident %s, client %s", incident, _client_id(context))
+        except (Exception, SystemExit) as error:  # a task that calls sys.exit() ends its answer and not the device
+            cause = f"{type(error).__name__}: {error}"
+            log.exception("incident %s, client %s: %s", incident, _client_id(context), cause)
             return refusal(FailureCode.TRAINING_FAILED, incident, message)
 
     return handler

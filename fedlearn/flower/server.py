@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlearn.config import RunConfig
-from fedlearn.errors import ConfigError
+from fedlearn.errors import ConfigError, RunFailedError
 from fedlearn.federation.rounds import Federation, Observer, SilentObserver
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.federation.summary import finish
@@ -44,7 +44,13 @@ def build_server_app(observer: Observer | None = None, clock: Clock | None = Non
                 clock=time,
                 observer=observer or SilentObserver(),
             )
-            finish(folder, federation.model, federation.run())
+            try:
+                state = federation.run()
+            except RunFailedError:
+                if (kept := folder.load_state()) is not None:
+                    finish(folder, federation.model, kept)  # the last good model is there to be used
+                raise
+            finish(folder, federation.model, state)
 
     return app
 

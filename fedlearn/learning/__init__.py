@@ -1,6 +1,6 @@
 """Training on one client: the task, the flat model, the trainer."""
 
-from fedlearn.learning.model import FlatModel, build_flat_model
+from fedlearn.learning.model import FlatModel, build_flat_model, computing
 from fedlearn.learning.task import ClientData, Examples, Pool, Task
 from fedlearn.learning.trainer import Evaluation, Update, evaluate, train
 
@@ -13,6 +13,7 @@ __all__ = [
     "Task",
     "Update",
     "build_flat_model",
+    "computing",
     "evaluate",
     "train",
 ]

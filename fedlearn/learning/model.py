@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from fedlearn.arrays import ParamEntry, ParamSpec, Vector
 from fedlearn.errors import TaskError
-from fedlearn.learning.task import Task
+from fedlearn.learning.task import Task, task_code
 from fedlearn.sources import SeedTree
 
 __all__ = ["FlatModel", "build_flat_model", "computing"]
@@ -23,21 +24,28 @@ _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "fl
 
 @contextmanager
 def computing(seeds: SeedTree) -> Iterator[None]:
-    """Compute reproducibly: torch's global generator seeded here and restored after, on one thread.
+    """Compute reproducibly: the global generators of torch, NumPy and Python seeded and restored, on one thread.
+
+    A user's task may draw from any of them; what it draws is then a function of ``seeds`` alone.
 
     One thread, because a sum over more has another rounding on another machine, and because workers
     that each start many threads trample on each other.
     """
     # Not torch.manual_seed: without a GPU in use it keeps a traceback of every call for later, for ever.
     generator, threads = torch.default_generator, torch.get_num_threads()
-    before = generator.get_state()
-    generator.manual_seed(seeds.integer())
+    before, of_numpy, of_python = generator.get_state(), np.random.get_state(), random.getstate()
+    seed = seeds.integer()
+    generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         generator.set_state(before)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
 
 
 class FlatModel:
@@ -146,7 +154,7 @@ def build_flat_model(task: Task, seeds: SeedTree) -> FlatModel:
     Raises:
         TaskError: ``build_model`` returns something else than a module on the CPU.
     """
-    with computing(seeds):
+    with task_code(task, "build_model"), computing(seeds):
         module = task.build_model()
     if not isinstance(module, nn.Module):
         raise TaskError(f"{type(task).__name__}.build_model returned {type(module).__name__}, not torch.nn.Module")

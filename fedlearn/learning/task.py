@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlearn.errors import TaskError
+from fedlearn.errors import DataError, FedlearnError, TaskError
 
-__all__ = ["ClientData", "Examples", "Pool", "Task"]
+__all__ = ["ClientData", "Examples", "Pool", "Task", "task_code"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,30 @@ class ClientData:
     test: Examples | None = None
 
 
+@contextmanager
+def task_code(task: object, method: str) -> Iterator[None]:
+    """Run a user's code: whatever it raises becomes an error that names the method, the file and the line.
+
+    Raises:
+        DataError: a file could not be read.
+        TaskError: anything else went wrong; the exception is the cause.
+    """
+    try:
+        yield
+    except FedlearnError:
+        raise
+    except OSError as error:
+        raise DataError(f"{type(task).__name__}.{method}: {error}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = getattr(sys.modules.get(type(task).__module__), "__file__", None)
+        where = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
+        raise TaskError(
+            f"{type(task).__name__}.{method} raised {type(error).__name__}: {error} "
+            f"({where.filename}, line {where.lineno})"
+        ) from error
+
+
 class Task(Protocol):
     """A learning problem: model, loss, metrics, data. Subclass it in one file; no argument to ``__init__``.
 
@@ -99,7 +126,10 @@ class Task(Protocol):
     """What the classes are called, for people; may be empty."""
 
     def build_model(self) -> nn.Module:
-        """Return a fresh model. It is called under the run's seed, so plain initialisers are reproducible."""
+        """Return a fresh model. It is called under the run's seed, so plain initialisers are reproducible.
+
+        BatchNorm cannot train on a batch of one, so a client whose last batch is one example fails; GroupNorm can.
+        """
         ...
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
@@ -132,5 +162,8 @@ class Task(Protocol):
         raise TaskError(f"{type(self).__name__} has no load_local, so it cannot run on a device")
 
     def prepare(self, data: ClientData) -> ClientData:
-        """Return the data as one client uses it, such as scaled by its own mean; it sees only its own."""
+        """Return the data as one client uses it, such as scaled by its own mean; it sees only its own.
+
+        What it draws at random is the same in every round: a split into training and test examples stays one.
+        """
         return data

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlearn.data.loaders import load_arrays, require_sklearn
+from fedlearn.data.loaders import load_arrays, refuse_path, require_sklearn
 from fedlearn.learning.task import ClientData, Examples, Pool, Task
 
 __all__ = ["Digits", "DigitsMlp"]
@@ -52,6 +52,7 @@ class Digits(Task):
 
     def load_pool(self, path: Path | None) -> Pool:
         """Return the 1,437 training images."""
+        refuse_path(path)
         return Pool(train=_digits()[0])
 
     def load_test(self, path: Path | None) -> Examples:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlearn.data.loaders import load_arrays, require_sklearn
+from fedlearn.data.loaders import load_arrays, refuse_path, require_sklearn
 from fedlearn.learning.task import ClientData, Examples, Pool, Task
 
 __all__ = ["Regression"]
@@ -41,6 +41,7 @@ class Regression(Task):
 
     def load_pool(self, path: Path | None) -> Pool:
         """Return the 353 training patients."""
+        refuse_path(path)
         return Pool(train=_diabetes()[0])
 
     def load_test(self, path: Path | None) -> Examples:

@@ -42,5 +42,5 @@ def test_without_scikit_learn_it_says_so(cli: Cli, monkeypatch: pytest.MonkeyPat
     assert said.code == 0
     assert {(each["examples"], each["needs"]) for each in said.json["tasks"]} == {(None, "scikit-learn")}
     shown = cli("tasks")
-    assert "fedlearn[simulation]" in shown.out
+    assert ".[simulation]" in shown.out
     assert "unknown" in shown.out
