@@ -57,7 +57,7 @@ def _show(file: Path) -> None:
         (f"fedlearn partition {name}", "see who would hold what"),
         (
             f"fedlearn simulate {name} --set data.partition=natural --set federation.clients=8",
-            "a client a factory",
+            "a client a hospital",
         ),
     ):
         stdout.print(f"  {command}  [dim]# {purpose}[/dim]", soft_wrap=True, markup=True)

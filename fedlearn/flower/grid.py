@@ -11,10 +11,10 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
@@ -23,12 +23,18 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlearn.flower.workers import Outcome, WorkerPool
+from fedlearn.flower.workers import Answer, Job, Outcome, WorkerPool
 from fedlearn.sources import Clock, SystemClock
 
 __all__ = ["Faults", "LocalGrid", "NoFaults"]
 
 _RUN_ID = 1
+
+_AGAIN_S = 1.0
+"""How long after its deadline a client in this process that went on all the same is interrupted again."""
+
+_LONGEST_S = 1e6
+"""The longest deadline, eleven days: the system's timers take no more than 24."""
 
 
 class Faults(Protocol):
@@ -52,13 +58,25 @@ class LocalGrid(Grid):
     Args:
         client_app: what answers the messages.
         clients: how many nodes.
-        workers: 0 to answer in this process, N for as many forked processes.
+        workers: 0 to answer in this process, N for as many forked processes (never more than there are clients).
         faults: which messages are never answered.
         clock: what deadlines are measured with.
 
     A client that raises becomes an error reply of Flower's own kind, with the type of the exception and not its
-    text. At the deadline the running client is stopped (in this process by a signal, which needs the main thread;
-    a worker by killing it) and every message left gets Flower's "no reply" error, so nothing hangs.
+    text.
+
+    Time is each client's own, as on devices, which all work at once: a message's deadline is counted from when
+    its client starts to work on it, however long it queued here for others. So a client that hangs costs itself
+    alone: it is stopped, its message gets Flower's "no reply" error, as does an answer that comes too late, and
+    who is left out does not depend on the order or on the number of workers. (A second is one of this machine's:
+    where more workers than cores share it, every client takes longer.) In the worst case, when every client hangs,
+    n messages take ``n * timeout / max(workers, 1)`` seconds, rounded up to whole clients and with a fraction of a
+    second each for replacing the worker.
+
+    With workers the stop is hard: the process is killed. In this process it is an exception, raised by a signal:
+    one long call into C (a torch operation) is interrupted only when it returns, a client that swallows
+    ``BaseException`` again and again is not stopped, and outside the main thread no client is. What does not trust
+    its clients takes ``workers=1``.
     """
 
     def __init__(
@@ -78,7 +96,8 @@ class LocalGrid(Grid):
         self._ids = itertools.count(1)
         self._pushed: dict[str, Message] = {}
         self._states: dict[int, RecordDict] = {}
-        self._pool = WorkerPool(self._work, workers) if workers else None
+        count = min(workers, clients)
+        self._pool = WorkerPool(self._work, count, self._clock) if count else None
         self._identify_server()
 
     def close(self) -> None:
@@ -137,7 +156,11 @@ class LocalGrid(Grid):
         return list(self._answers(pulled, None))
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Yield exactly one reply, or one error reply, for each message, in order, within ``timeout`` seconds."""
+        """Yield exactly one reply, or one error reply, for each message, in order.
+
+        Each client has ``timeout`` seconds from when it starts to work; with ``None`` all the time it takes. All
+        together take at most ``len(messages) * timeout / max(workers, 1)`` seconds, as the class says.
+        """
         return self._answers(self._post(messages), timeout)
 
     # -- how -----------------------------------------------------------------------------------------------------
@@ -159,48 +182,43 @@ class LocalGrid(Grid):
 
     def _answers(self, messages: list[Message], timeout_s: float | None) -> Iterator[Message]:
         """Yield the reply to each message, in order."""
-        deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
-        dropped = [self._faults.drops(m.metadata.group_id, m.metadata.dst_node_id - 1) for m in messages]
+        if timeout_s is not None:
+            timeout_s = min(timeout_s, _LONGEST_S)
+        over = timeout_s is not None and timeout_s <= 0
+        dropped = [over or self._faults.drops(m.metadata.group_id, m.metadata.dst_node_id - 1) for m in messages]
         jobs = [(m, self._context(m)) for m, lost in zip(messages, dropped, strict=True) if not lost]
-        outcomes = self._outcomes(jobs, deadline)
+        outcomes = self._outcomes(jobs, timeout_s)
         for message, lost in zip(messages, dropped, strict=True):
             outcome = Outcome.NO_REPLY if lost else next(outcomes)
+            if isinstance(outcome, Answer) and timeout_s is not None and outcome.took_s > timeout_s:
+                outcome = Outcome.NO_REPLY  # nothing could stop it in time
             if isinstance(outcome, Outcome):
                 code = ErrorCode.CLIENT_APP_CRASHED if outcome is Outcome.LOST else ErrorCode.REPLY_MESSAGE_UNAVAILABLE
                 reply = Message(Error(code=code, reason=outcome.value), reply_to=message)
             else:
-                reply, state = outcome
-                if len(state):
-                    self._states[message.metadata.dst_node_id] = state
+                reply = outcome.reply
+                if len(outcome.state):
+                    self._states[message.metadata.dst_node_id] = outcome.state
             reply.metadata.__dict__["_message_id"] = f"{message.metadata.message_id}-reply"
             yield reply
 
-    def _outcomes(
-        self, jobs: list[tuple[Message, Context]], deadline: float | None
-    ) -> Iterator[tuple[Message, RecordDict] | Outcome]:
+    def _outcomes(self, jobs: list[Job], timeout_s: float | None) -> Iterator[Answer | Outcome]:
         """Yield what became of each job, in order: in the workers, or one after the other here."""
         if self._pool is not None:
-            yield from self._pool.map(jobs, deadline, self._clock)
-            return
-        for job in jobs:
-            left_s = None if deadline is None else deadline - self._clock.monotonic()
-            try:
-                with _interrupted_after(left_s):
-                    outcome: tuple[Message, RecordDict] | Outcome = self._work(job)
-            except _DeadlineReachedError:
-                outcome = Outcome.NO_REPLY
-            yield outcome
+            return self._pool.map(jobs, timeout_s)
+        return (_interrupted_after(timeout_s, self._work, job) for job in jobs)
 
-    def _work(self, job: tuple[Message, Context]) -> tuple[Message, RecordDict]:
-        """Let the ClientApp answer one message, on copies of the records that messages share."""
-        message, context = job
+    def _work(self, job: Job) -> Answer:
+        """Let the ClientApp answer one message, on copies of the records that messages share and of what it kept."""
+        begun = self._clock.monotonic()
+        message, context = job[0], replace(job[1], state=_copied(job[1].state))
         own = Message(_copied(message.content), metadata=message.metadata)  # type: ignore[call-overload]
         try:
             reply = self._client_app(own, context)
         except (Exception, SystemExit) as error:  # a client that calls sys.exit() ends itself and not the run
             reason = type(error).__name__
             reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason), reply_to=message)
-        return reply, context.state
+        return Answer(reply, context.state, self._clock.monotonic() - begun)
 
     def _context(self, message: Message) -> Context:
         """Return the context of a node: which partition it holds, and what it kept from earlier messages."""
@@ -223,24 +241,30 @@ class _DeadlineReachedError(BaseException):
     """Not an ``Exception``, so that a client's own ``except Exception`` does not swallow it."""
 
 
-@contextmanager
-def _interrupted_after(left_s: float | None) -> Iterator[None]:
-    """Raise ``_DeadlineReachedError`` in the block once ``left_s`` seconds are over."""
-    if left_s is not None and left_s <= 0:
-        raise _DeadlineReachedError
-    if left_s is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(_signum: int, _frame: FrameType | None) -> NoReturn:
-        raise _DeadlineReachedError
-
-    handler, begun = signal.signal(signal.SIGALRM, ring), time.monotonic()
-    timer_s, interval_s = signal.setitimer(signal.ITIMER_REAL, left_s)
+def _interrupted_after(timeout_s: float | None, work: Callable[[Job], Answer], job: Job) -> Answer | Outcome:
+    """Return the answer of ``work``, or no reply if it was interrupted; only the main thread can be."""
+    if timeout_s is None or threading.current_thread() is not threading.main_thread():
+        return work(job)
+    begun = time.monotonic()
+    timer_s, interval_s = signal.setitimer(signal.ITIMER_REAL, 0)
+    handler = signal.signal(signal.SIGALRM, _ring)
     try:
-        yield
+        signal.setitimer(signal.ITIMER_REAL, timeout_s, _AGAIN_S)
+        return work(job)
+    except _DeadlineReachedError:
+        return Outcome.NO_REPLY
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if timer_s:  # somebody else's alarm was set: it rings when it would have
             signal.setitimer(signal.ITIMER_REAL, max(timer_s - (time.monotonic() - begun), 1e-6), interval_s)
+
+
+def _ring(_signum: int, frame: FrameType | None) -> None:
+    """Interrupt the work, and nothing but the work: an alarm that comes while it is set or put away does nothing."""
+    code = _interrupted_after.__code__
+    caller = frame.f_back if frame is not None and frame.f_code is not code else None
+    while caller is not None and caller.f_code is not code:
+        caller = caller.f_back
+    if caller is not None:
+        raise _DeadlineReachedError

@@ -13,20 +13,32 @@ from dataclasses import dataclass
 from enum import Enum
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Context, Message, RecordDict
 
 from fedlearn.sources import Clock
 
-__all__ = ["Outcome", "WorkerPool"]
+__all__ = ["Answer", "Job", "Outcome", "WorkerPool"]
 
 Job = tuple[Message, Context]
-Answer = tuple[Message, RecordDict]
+
+
+class Answer(NamedTuple):
+    """A client's reply, what it keeps for its next message, and how long it worked, in seconds."""
+
+    reply: Message
+    state: RecordDict
+    took_s: float
+
+
 Work = Callable[[Job], Answer]
 
 _AHEAD = 2
 """How many answers a worker may be ahead of the one that is waited for; bounds memory."""
+
+_GRACE_S = 0.25
+"""How long an answer may be on its way. The worker says how long it worked; this is only until it is killed."""
 
 
 class Outcome(Enum):
@@ -41,17 +53,24 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     job: int | None = None
+    due: float | None = None  # when it is killed, on the pool's clock; None: never
 
 
 class WorkerPool:
     """``count`` forked processes. They inherit the app, so nothing of it is pickled; messages are.
 
-    A worker ends when this process does, however it does: its pipe closes. A worker that dies costs only the
-    message it worked on; another takes its place.
+    A worker ends when this process does, however it does: its pipe closes. A worker that dies, or that is killed
+    because it works for too long, costs only the message it worked on; another takes its place.
+
+    Args:
+        work: what makes an answer of a job; it runs in the workers.
+        count: how many workers.
+        clock: what the time given to a job is measured with.
     """
 
-    def __init__(self, work: Work, count: int) -> None:
+    def __init__(self, work: Work, count: int, clock: Clock) -> None:
         self._work = work
+        self._clock = clock
         self._fork = multiprocessing.get_context("fork")
         self._workers: list[_Worker] = []
         for _ in range(count):
@@ -63,68 +82,92 @@ class WorkerPool:
             self._stop(worker)
         self._workers.clear()
 
-    def map(self, jobs: list[Job], deadline: float | None, clock: Clock) -> Iterator[Answer | Outcome]:
-        """Yield the outcome of each job in the jobs' order; none later than ``deadline`` on ``clock``."""
+    def map(self, jobs: list[Job], timeout_s: float | None) -> Iterator[Answer | Outcome]:
+        """Yield the outcome of each job in the jobs' order; while one is waited for, others are worked on ahead.
+
+        Guarantees: a job is given up ``timeout_s`` seconds (and a moment, for an answer on its way) after a worker
+        was given it, whatever it does; the others are not touched. At most ``2 * count`` answers are held.
+
+        Raises:
+            ValueError: the pool is closed.
+        """
+        if not self._workers:
+            raise ValueError("the workers are closed")
         waiting = deque(range(len(jobs)))
         done: dict[int, Answer | Outcome] = {}
         following = 0
         try:
             while following < len(jobs):
-                self._hand_out(jobs, waiting, following, done)
-                left_s = None if deadline is None else max(0.0, deadline - clock.monotonic())
-                self._collect(done, left_s)
-                if left_s == 0.0:
-                    for index in range(following, len(jobs)):
-                        yield done.get(index, Outcome.NO_REPLY)
-                    return
+                self._hand_out(jobs, waiting, following, timeout_s, done)
+                self._collect(done)
                 while following in done:
                     yield done.pop(following)
                     following += 1
         finally:
             for position, worker in enumerate(self._workers):
-                if worker.job is not None:  # past its deadline, or nobody wants the answer any more
+                if worker.job is not None:  # nobody wants the answer any more
                     self._replace(position)
 
     def _hand_out(
-        self, jobs: list[Job], waiting: deque[int], following: int, done: dict[int, Answer | Outcome]
+        self,
+        jobs: list[Job],
+        waiting: deque[int],
+        following: int,
+        timeout_s: float | None,
+        done: dict[int, Answer | Outcome],
     ) -> None:
         """Give the next jobs to idle workers, not too far ahead."""
         for position in range(len(self._workers)):
             idle = self._workers[position].job is None
             if idle and waiting and waiting[0] < following + _AHEAD * len(self._workers):
                 index = waiting.popleft()
-                if not self._give(position, index, pickle.dumps(jobs[index], pickle.HIGHEST_PROTOCOL)):
+                if self._give(position, pickle.dumps(jobs[index], pickle.HIGHEST_PROTOCOL)):
+                    worker = self._workers[position]
+                    worker.job = index
+                    worker.due = None if timeout_s is None else self._clock.monotonic() + timeout_s + _GRACE_S
+                else:
                     done[index] = Outcome.LOST
 
-    def _give(self, position: int, index: int, job: bytes) -> bool:
+    def _give(self, position: int, job: bytes) -> bool:
         """Send a job to a worker; to its successor where it died idle. Return whether one of them took it."""
         for _ in range(2):
-            worker = self._workers[position]
             try:
-                worker.pipe.send_bytes(job)
+                self._workers[position].pipe.send_bytes(job)
             except OSError:
                 self._replace(position)
             else:
-                worker.job = index
                 return True
         return False
 
-    def _collect(self, done: dict[int, Answer | Outcome], left_s: float | None) -> None:
-        """Wait for at least one busy worker if there is one, or until no time is left, and take what is there."""
+    def _collect(self, done: dict[int, Answer | Outcome]) -> None:
+        """Wait until a busy worker answers or is due; take every answer that is there and kill who is due without."""
         busy = {worker.pipe: position for position, worker in enumerate(self._workers) if worker.job is not None}
         if not busy:
             return
-        for pipe in wait(list(busy), timeout=left_s):
-            position = busy[pipe]  # type: ignore[index]
-            worker = self._workers[position]
-            index, worker.job = worker.job, None
-            if index is None:
-                continue
-            try:
-                done[index] = pickle.loads(worker.pipe.recv_bytes())  # noqa: S301 (our own fork wrote it)
-            except (EOFError, OSError):  # it died: before its answer, or in the middle of it
-                done[index] = Outcome.LOST
+        dues = [worker.due for worker in self._workers if worker.job is not None and worker.due is not None]
+        now, first = self._clock.monotonic(), min(dues, default=None)
+        ready = wait(list(busy), timeout=None if first is None else max(0.0, first - now))
+        if not ready and first is not None:
+            now = max(now, first)  # the time was waited for, whatever a clock of the tests says
+        for pipe in ready:
+            self._take(busy[pipe], done)  # type: ignore[index]
+        for position, worker in enumerate(self._workers):
+            # Due before the look at the pipes: an answer that came in time is never thrown away for having waited.
+            if worker.job is not None and worker.due is not None and worker.due <= now:
+                done[worker.job] = Outcome.NO_REPLY
                 self._replace(position)
+
+    def _take(self, position: int, done: dict[int, Answer | Outcome]) -> None:
+        """Take the answer of a worker, or notice that it died: before its answer, or in the middle of it."""
+        worker = self._workers[position]
+        index, worker.job = worker.job, None
+        if index is None:
+            return
+        try:
+            done[index] = pickle.loads(worker.pipe.recv_bytes())  # noqa: S301 (our own fork wrote it)
+        except (EOFError, OSError):
+            done[index] = Outcome.LOST
+            self._replace(position)
 
     def _start(self) -> _Worker:
         """Fork one worker."""

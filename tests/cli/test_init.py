@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def test_it_trains_as_it_is(cli: Cli, written: Path, tmp_path: Path) -> None:
     assert summary["metrics"]["accuracy"] > 0.8
     said = cli("predict", out, "--json")
     assert said.json["metrics"] == summary["metrics"]
-    assert set(said.json["labels"]) == {"runs on", "fails"}
+    assert set(said.json["labels"]) == {"stays well", "comes back"}
 
 
 def test_every_method_of_the_protocol_is_shown(written: Path) -> None:
@@ -49,28 +50,101 @@ def test_every_method_of_the_protocol_is_shown(written: Path) -> None:
     assert own <= vars(type(task)).keys()
 
 
-def test_groups_make_a_natural_partition(written: Path) -> None:
-    groups = load_task(str(written)).load_pool(None).train.groups
-    assert groups is not None
-    assert len(np.unique(groups)) == 8
+def test_the_next_commands_show_the_natural_partition(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    said = cli("init", path)
+    pool = load_task(str(path)).load_pool(None)
+    assert pool.test is not None
+    hospitals = [np.unique(np.asarray(examples.groups)).tolist() for examples in (pool.train, pool.test)]
+    assert hospitals[0] == hospitals[1]
+    words = f"--set data.partition=natural --set federation.clients={len(hospitals[0])}"
+    assert f"fedlearn simulate {path} {words}" in said.out
+    assert f"fedlearn simulate mine.py {words}" in path.read_text()
+    words += " --set federation.rounds=1 --quiet"
+    assert cli("simulate", path, *words.split(), "--out", tmp_path / "run").code == 0
+
+
+def _table(path: Path, count: int = 240) -> Path:
+    """Write the patients of two hospitals, in columns of another order and with one that is nobody's."""
+    chance = np.random.default_rng(5)
+    lines = ["note,target,pulse,hospital,age,pressure"]
+    for place in range(count):
+        age, pressure, pulse = chance.normal(size=3)
+        lines.append(f"n/a,{int(pulse > 0)},{pulse},{('north', 'süd')[place % 3 == 0]},{age},{pressure}")
+    path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    return path
+
+
+def test_two_hospitals_of_ones_own(cli: Cli, written: Path, tmp_path: Path) -> None:
+    table, out = _table(tmp_path / "mine.csv"), tmp_path / "run"
+    words = ["--set", f"data.path={table}", "--set", "data.partition=natural", "--set", "federation.clients=2"]
+    said = cli("partition", written, *words, "--json")
+    assert [client["examples"] for client in said.json["clients"]] == [120, 60]
+    words += ["--set", "federation.rounds=10", "--out", str(out), "--json", "--quiet"]
+    assert cli("simulate", written, *words).code == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["metrics"]["accuracy"] > 0.8
+    ask = tmp_path / "ask.csv"
+    ask.write_text("age,pressure,pulse,target\n0,0,2,1\n0,0,-2,0\n")
+    said = cli("predict", out, "--data", ask, "--json")
+    assert said.json["labels"] == ["comes back", "stays well"]
 
 
 def test_a_device_reads_its_own_file(written: Path, tmp_path: Path) -> None:
     task = load_task(str(written))
-    (tmp_path / "mine.csv").write_text("temperature,vibration,load,failed\n1,2,3,1\n0.5,0,-1,0\n")
-    np.savez(tmp_path / "mine.npz", inputs=np.array([[1.0, 2, 3], [0.5, 0, -1]]), targets=np.array([1, 0]))
-    table, archive = (task.load_local(tmp_path / name).train for name in ("mine.csv", "mine.npz"))
-    assert torch.equal(table.inputs, archive.inputs)
-    assert torch.equal(table.targets, archive.targets)
+    (tmp_path / "mine.csv").write_text("\ufefftarget, pulse,pressure,age\n1,3,2,1\n0,-1,0,0.5\n", encoding="utf-8")
+    held = task.load_local(tmp_path / "mine.csv")
+    assert held.test is not None
+    assert held.train.groups is None
+    assert held.train.inputs.tolist() == [[1, 2, 3]]
+    assert held.train.targets.tolist() == [1]
+    assert held.test.inputs.tolist() == [[0.5, 0, -1]]
+    assert held.test.targets.tolist() == [0]
+    assert (held.train.inputs.dtype, held.train.targets.dtype) == (torch.float32, torch.int64)
+    everything = task.load_local(_table(tmp_path / "both.csv"))
+    assert everything.train.groups is not None
+    assert set(everything.train.groups) == {"north", "süd"}
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "a,b,c,d\n1,2,3,x\n"])
-def test_a_device_with_another_file_is_told(written: Path, tmp_path: Path, text: str) -> None:
-    (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises(DataError, match="mine"):
-        load_task(str(written)).load_local(tmp_path / "mine.csv")
-    with pytest.raises(DataError, match="none"):
-        load_task(str(written)).load_local(tmp_path / "none.csv")
+HEADER = "hospital,age,pressure,pulse,target\nnorth,1,2,3,0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (HEADER + "north,1,high,3,1\n", r"row 3, column 'pressure': .*'high'"),
+        (HEADER + "\nnorth,nan,2,3,1\n", r"row 4, column 'age': .*'nan'"),
+        (HEADER + "north,1,2,inf,1\n", r"row 3, column 'pulse': .*'inf'"),
+        (HEADER + "north,1e39,2,3,1\\n", r"row 3, column 'age': .*'1e39'"),
+        (HEADER + "north,1,2, ,1\n", r"row 3, column 'pulse': .*''"),
+        (HEADER + "north,1,2,3,\n", r"row 3, column 'target': .*''"),
+        (HEADER + "north,1,2,3,0.5\n", r"row 3, column 'target': expected 0 to 1, not '0.5'"),
+        (HEADER + "north,1,2,3,2\n", r"row 3, column 'target': expected 0 to 1, not '2'"),
+        (HEADER + ",1,2,3,1\n", r"row 3, column 'hospital': .*empty"),
+        (HEADER + "north,1,2,3\n", r"row 3 has 4 cells, the header 5"),
+        (HEADER + "north,1,2,3,1\nsouth,1,2,3,1\n", r"one row of hospital south"),
+        ("age,pulse,target\n1,2,0\n", r"one column 'pressure'; row 1 has age, pulse, target"),
+        ("age,age,pressure,pulse,target\n1,1,2,3,0\n", r"one column 'age'"),
+        ("age,pressure,pulse\n1,2,3\n", r"one column 'target'"),
+        ("age,pressure,pulse,target\n", r"no row below the header"),
+        ("age,pressure,pulse,target\n1,2,3,0\n", r"one row;"),
+        ("", r"row 1 has nothing"),
+        ("\x80", r"utf-8"),
+        (None, r"No such file"),
+    ],
+)
+def test_a_wrong_file_is_told_by_row_and_column(
+    cli: Cli, written: Path, tmp_path: Path, text: str | None, wanted: str
+) -> None:
+    path = tmp_path / "mine.csv"
+    if text is not None:
+        path.write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=rf"mine\.csv.*{wanted}"):
+        load_task(str(written)).load_local(path)
+    words = ["--set", f"data.path={path}", "--set", "data.partition=natural", "--set", "federation.clients=2"]
+    said = cli("simulate", written, *words, "--out", tmp_path / "run", "--quiet")
+    assert said.code == 3
+    assert re.search(rf"mine\.csv.*{wanted}", " ".join(said.err.split()))
 
 
 def test_a_file_is_not_written_over(cli: Cli, tmp_path: Path) -> None:

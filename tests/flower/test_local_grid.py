@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -17,7 +19,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run
 
-from fedlearn.flower.grid import LocalGrid
+from fedlearn.flower.grid import LocalGrid, _interrupted_after
+from fedlearn.flower.workers import Answer, Outcome
 from fedlearn.sources import ManualClock
 
 NODES = 5
@@ -238,43 +241,156 @@ def test_workers_that_were_killed_while_idle_are_replaced(start, workers):
     check_answers(sent, replies)
 
 
-def hanging(message: Message, context: Context) -> RecordDict:
-    if context.node_id == 3:
+def except_for(nodes, wait):
+    """Return what clients do where those of ``nodes`` wait instead."""
+
+    def work(message: Message, context: Context) -> RecordDict:
+        if context.node_id in nodes:
+            wait()
+        return echo(message, context)
+
+    return work
+
+
+def sleep_on():
+    while True:
+        time.sleep(10)
+
+
+def spin():
+    try:
         while True:
-            time.sleep(10)
-    return echo(message, context)
+            pass
+    except Exception:
+        return
 
 
-def spinning(message: Message, context: Context) -> RecordDict:
-    if context.node_id == 3:
-        try:
-            while True:
-                pass
-        except Exception:
-            return echo(message, context)
-    return echo(message, context)
+def swallow_the_first_interruption():
+    try:
+        sleep_on()
+    except BaseException:
+        sleep_on()
 
 
-@pytest.mark.parametrize("work", [hanging, spinning])
-@EVERYWHERE
-def test_a_client_that_hangs_is_stopped_at_the_deadline_and_the_rest_get_no_reply(start, work, workers):
-    grid = start(work, workers=workers)
+def check_only_these_hang(replies, nodes):
+    """Assert that the clients of ``nodes``, and no others, got Flower's "no reply"."""
+    assert [n for n, reply in enumerate(replies, start=1) if reply.has_error()] == sorted(nodes)
+    for node in nodes:
+        assert replies[node - 1].error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+    assert [node_of(r) for r in replies if not r.has_error()] == [n for n in range(1, NODES + 1) if n not in nodes]
+
+
+@pytest.mark.parametrize("hanging", [[1], [3], [5], [1, 4], [1, 2]], ids=str)
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_client_that_hangs_costs_only_itself_wherever_it_stands(start, workers, hanging):
+    grid = start(except_for(hanging, sleep_on), workers=workers)
     sent = messages()
     begun = time.monotonic()
-    replies = list(grid.send_and_receive(sent, timeout=0.6))
+    replies = list(grid.send_and_receive(sent, timeout=0.4))
     took_s = time.monotonic() - begun
-    assert 0.55 < took_s < 1.6
+    assert 0.35 < took_s < len(hanging) * 0.4 + 1.0
     check_answers(sent, replies)
-    assert [r.has_error() for r in replies[:3]] == [False, False, True]
-    for reply in replies[2:]:
-        if reply.has_error():
-            assert reply.error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
-    sent = messages([1, 2, 4])
-    assert not any(reply.has_error() for reply in grid.send_and_receive(sent, timeout=60))  # the grid lives on
+    check_only_these_hang(replies, hanging)
+    well = [node for node in range(1, NODES + 1) if node not in hanging]
+    assert not any(reply.has_error() for reply in grid.send_and_receive(messages(well), timeout=60))  # it lives on
 
 
 @EVERYWHERE
-def test_after_the_deadline_nobody_is_asked_any_more(start, workers):
+def test_a_client_that_never_calls_anything_is_stopped_too(start, workers):
+    replies = list(start(except_for([3], spin), workers=workers).send_and_receive(messages(), timeout=0.4))
+    check_only_these_hang(replies, [3])
+
+
+@EVERYWHERE
+def test_a_client_that_swallows_one_interruption_is_interrupted_again(start, workers):
+    grid = start(except_for([2], swallow_the_first_interruption), workers=workers)
+    begun = time.monotonic()
+    check_only_these_hang(list(grid.send_and_receive(messages(), timeout=0.3)), [2])
+    assert time.monotonic() - begun < 3
+
+
+def swallow():
+    """Hear of no interruption for half a second."""
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        with contextlib.suppress(BaseException):
+            time.sleep(until - time.monotonic())
+
+
+@EVERYWHERE
+def test_an_answer_that_comes_too_late_is_no_answer(start, workers):
+    replies = list(start(except_for([2], swallow), workers=workers).send_and_receive(messages(), timeout=0.3))
+    check_only_these_hang(replies, [2])
+
+
+def test_outside_the_main_thread_nobody_is_interrupted_but_a_late_answer_is_none_either(start):
+    replies = []
+    grid = start(except_for([2], lambda: time.sleep(0.4)))
+    thread = threading.Thread(target=lambda: replies.extend(grid.send_and_receive(messages(), timeout=0.2)))
+    thread.start()
+    thread.join(10)
+    check_only_these_hang(replies, [2])
+
+
+@EVERYWHERE
+def test_time_is_each_clients_own(start, workers):
+    grid = start(except_for(range(1, NODES + 1), lambda: time.sleep(0.15)), workers=workers)
+    check_only_these_hang(list(grid.send_and_receive(messages(), timeout=0.5)), [])  # together they take longer
+
+
+@EVERYWHERE
+def test_a_caller_that_takes_its_time_costs_no_client_its_answer(start, workers):
+    stream = start(except_for([2], lambda: time.sleep(0.1)), workers=workers).send_and_receive(messages(), timeout=0.5)
+    replies = [next(stream)]
+    time.sleep(1.0)  # client 2 answers in this time, and nobody looks
+    replies += stream
+    check_only_these_hang(replies, [])
+
+
+def test_while_the_first_client_hangs_the_others_work_ahead_but_not_further_than_memory_allows(start, tmp_path):
+    def work(message: Message, context: Context) -> RecordDict:
+        if context.node_id == 1:
+            time.sleep(0.5)
+            (tmp_path / "seen").write_text(str(len(list(tmp_path.glob("done-*")))))
+        else:
+            (tmp_path / f"done-{context.node_id}").touch()
+        return echo(message, context)
+
+    grid = start(work, workers=2, clients=12)
+    replies = list(grid.send_and_receive(messages(range(1, 13)), timeout=10))
+    assert [node_of(reply) for reply in replies] == list(range(1, 13))
+    assert (tmp_path / "seen").read_text() == "3"  # two answers a worker, the one that is waited for among them
+
+
+def test_a_hanging_worker_is_given_up_even_where_the_clock_stands_still(start):
+    grid = start(except_for([2], sleep_on), workers=2, clock=ManualClock())
+    check_only_these_hang(list(grid.send_and_receive(messages(), timeout=0.3)), [2])
+
+
+@EVERYWHERE
+def test_what_a_client_kept_before_it_hung_is_not_kept(start, workers):
+    def work(message: Message, context: Context) -> RecordDict:
+        record = context.state.setdefault("memory", MetricRecord({"times": 0}))
+        record["times"] += 1
+        answer = MetricRecord({"times": record["times"]})
+        if message.content.config_records["config"]["hang"]:
+            record["times"] = 99
+            time.sleep(10)
+        return RecordDict({"memory": answer})
+
+    grid = start(work, workers=workers)
+
+    def ask(hang, timeout):
+        asked = messages([1], shared=RecordDict({"config": ConfigRecord({"hang": hang})}))
+        return next(iter(grid.send_and_receive(asked, timeout=timeout)))
+
+    assert ask(False, 60).content.metric_records["memory"]["times"] == 1
+    assert ask(True, 0.2).has_error()
+    assert ask(False, 60).content.metric_records["memory"]["times"] == 2
+
+
+@EVERYWHERE
+def test_a_late_answer_is_one_on_the_clock_that_was_passed_in(start, workers):
     class Late(ManualClock):
         """A minute passes whenever anybody looks."""
 
@@ -285,7 +401,53 @@ def test_after_the_deadline_nobody_is_asked_any_more(start, workers):
     sent = messages()
     replies = list(start(workers=workers, clock=Late()).send_and_receive(sent, timeout=1))
     check_answers(sent, replies)
-    assert all(r.has_error() and r.error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE for r in replies[1:])
+    check_only_these_hang(replies, range(1, NODES + 1))
+
+
+@EVERYWHERE
+def test_without_time_nobody_is_asked_and_with_any_amount_of_it_everybody_answers(start, workers):
+    def work(message: Message, context: Context) -> RecordDict:
+        raise AssertionError
+
+    check_only_these_hang(list(start(work, workers=workers).send_and_receive(messages(), timeout=0)), [1, 2, 3, 4, 5])
+    for timeout in (1e10, float("inf"), None):
+        check_only_these_hang(list(start(workers=workers).send_and_receive(messages(), timeout=timeout)), [])
+
+
+def test_an_alarm_that_rings_at_any_moment_stays_inside_and_leaves_nothing_behind():
+    calm = Answer(Message(RecordDict(), 1, "train"), RecordDict(), 0.0)
+    handler, timer = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0)
+    outcomes = set()
+    try:
+        for step in range(4000):
+            outcome = _interrupted_after(1e-6 * (1 + step % 40), lambda job: sum(range(300)) and calm, None)
+            outcomes.add(outcome is Outcome.NO_REPLY)
+            assert signal.getsignal(signal.SIGALRM) is handler
+            assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+    assert outcomes == {True, False}
+
+
+def test_no_more_workers_are_forked_than_there_are_clients(start):
+    assert len(start(workers=40, clients=2)._pool._workers) == 2
+    assert len(start(workers=2, clients=40)._pool._workers) == 2
+
+
+def test_a_caller_that_stops_listening_leaves_no_worker_busy(start):
+    grid = start(except_for([2, 3], sleep_on), workers=2)
+    stream = grid.send_and_receive(messages(), timeout=60)
+    assert node_of(next(stream)) == 1
+    stream.close()
+    assert [worker.job for worker in grid._pool._workers] == [None, None]
+    assert node_of(next(grid.send_and_receive(messages([4]), timeout=60))) == 4
+
+
+def test_a_grid_that_is_closed_answers_nothing(start):
+    grid = start(workers=2)
+    grid.close()
+    with pytest.raises(ValueError, match="closed"):
+        list(grid.send_and_receive(messages(), timeout=60))
 
 
 @EVERYWHERE

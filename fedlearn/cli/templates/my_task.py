@@ -3,17 +3,20 @@
     fedlearn simulate my_task.py                        train it on simulated clients
     fedlearn simulate my_task.py --set data.partition=natural --set federation.clients=8
 
-Made-up data stands in for yours: eight factories note temperature, vibration and load of their machines, and
-whether a machine failed within the week. Every factory's machines are a little different.
+Made-up data stands in for yours: eight hospitals note age, blood pressure and pulse of their patients, and whether
+a patient came back within the month. Every hospital's patients are a little different.
+
+For a file of your own add --set data.path=mine.csv. It has a header and, in any order, the columns named below; in
+the second command the number of clients is that of its hospitals.
 """
 
+import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,19 +25,22 @@ from fedlearn.learning.task import ClientData, Examples, Pool, Task
 
 __all__ = ["MyTask"]
 
-COLUMNS = ("temperature", "vibration", "load")
-FACTORIES = 8
+COLUMNS = ("age", "pressure", "pulse")  # the inputs, by name; other columns of a file are not looked at
+TARGET = "target"  # 0, 1, …: a place in LABELS
+GROUP = "hospital"  # may be text, may be missing: the natural id, who holds a row in real life
+LABELS = ("stays well", "comes back")
+HOSPITALS = 8  # of the made-up data
 
 
 class MyTask(Task):
-    """Tell which machine will fail within the week."""
+    """Tell which patient will come back within the month."""
 
     # What the answers 0, 1, … are called. Leave it out where answers are numbers.
-    label_names = ("runs on", "fails")
+    label_names = LABELS
 
     def build_model(self) -> nn.Module:
         """Return any torch module; plain initialisers are seeded for you."""
-        return nn.Sequential(nn.Linear(len(COLUMNS), 32), nn.ReLU(), nn.Linear(32, 2))
+        return nn.Sequential(nn.Linear(len(COLUMNS), 32), nn.ReLU(), nn.Linear(32, len(LABELS)))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return one loss an example: reduction="none", never a mean."""
@@ -49,51 +55,99 @@ class MyTask(Task):
         return output.argmax(dim=1)
 
     def load_pool(self, path: Path | None) -> Pool:
-        """Return what a simulation deals out to its clients; path is data.path of the scenario.
+        """Return what a simulation deals out to its clients; path is data.path of the scenario, or None.
 
-        To read your own file: return Pool(train=self.load_local(path).train), after a check that path is given.
+        Every example carries its natural id in groups: data.partition = "natural" makes each id a client.
         """
-        # groups is the natural id of every example; data.partition = "natural" gives each client one of them.
-        return Pool(train=_made_up(2000, seed=1))
+        if path is None:  # with data of your own: raise DataError("say where it is: --set data.path=FILE")
+            train, test = _split(_made_up(2500, seed=1), "the made-up data")
+        else:
+            train, test = _split(_read_csv(path), path)
+        return Pool(train, test)
 
     def load_test(self, path: Path | None) -> Examples | None:
-        """Return central test examples that no client trains on, or None: then clients test for themselves."""
-        return _made_up(500, seed=2)
+        """Return central test examples that no client trains on, or None.
+
+        With None clients test for themselves, on Pool.test or, on a device, on ClientData.test. Return it always
+        once your data is on devices: a server without data.path would test on the made-up data.
+        Nothing returned here goes through prepare. Nor does the file of fedlearn predict --data: only numbers, in the
+        order of COLUMNS, and the target where it is known.
+        """
+        return _made_up(500, seed=2) if path is None else None
 
     def load_local(self, path: Path) -> ClientData:
-        """Return what a real device holds: a .csv with a header and the target last, or an .npz file.
-
-        The .npz holds the arrays "inputs" (n, 3) and "targets" (n,).
-        """
-        try:
-            if path.suffix == ".npz":
-                with np.load(path, allow_pickle=False) as arrays:
-                    inputs, targets = arrays["inputs"], arrays["targets"]
-            else:
-                table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
-                inputs, targets = table[:, :-1], table[:, -1]
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path}: {error}") from error
-        if inputs.ndim != 2 or inputs.shape[1] != len(COLUMNS):
-            raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)} and the target")
-        return ClientData(_examples(inputs, targets))
+        """Return what a real device holds: one hospital's file. fedlearn.data.loaders.load_arrays reads an .npz."""
+        return ClientData(*_split(_read_csv(path), path))
 
     def prepare(self, data: ClientData) -> ClientData:
-        """Return the data as one client uses it, such as scaled by its own mean. Leave it out where there is none."""
+        """Return the data as one client uses it, such as scaled by its own mean. Leave it out where there is none.
+
+        Only clients' data comes here: load_test and fedlearn predict --data do not, and are used as they are. A scale
+        that is the same for everyone is safest as the first layer of build_model, which all of them go through.
+        """
         return data
 
 
-def _examples(inputs: NDArray[Any], targets: NDArray[Any], groups: NDArray[Any] | None = None) -> Examples:
-    """Return arrays as the tensors that the model and the loss take."""
-    return Examples(torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(targets.astype(np.int64)), groups)
+def _read_csv(path: Path) -> Examples:
+    """Return the rows of a table with a header; row 1 is the header."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [(row, line) for row, line in enumerate(csv.reader(file), start=1) if any(line)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: {error}") from error
+    header = [name.strip() for name in lines[0][1]] if lines else []
+    for name in (*COLUMNS, TARGET):
+        if header.count(name) != 1:
+            raise DataError(f"{path}: expected one column {name!r}; row 1 has {', '.join(header) or 'nothing'}")
+    inputs, targets, groups = [], [], []
+    for row, line in lines[1:]:
+        if len(line) != len(header):
+            raise DataError(f"{path}: row {row} has {len(line)} cells, the header {len(header)}")
+        cells = dict(zip(header, map(str.strip, line), strict=True))
+        where = f"{path}: row {row}, column"
+        inputs.append([_number(cells[name], f"{where} {name!r}") for name in COLUMNS])
+        targets.append(_number(cells[TARGET], f"{where} {TARGET!r}"))
+        if targets[-1] not in range(len(LABELS)):
+            raise DataError(f"{where} {TARGET!r}: expected 0 to {len(LABELS) - 1}, not {cells[TARGET]!r}")
+        if GROUP in cells:
+            groups.append(cells[GROUP])
+            if not groups[-1]:
+                raise DataError(f"{where} {GROUP!r}: the cell is empty")
+    if not inputs:
+        raise DataError(f"{path}: there is no row below the header")
+    return Examples(torch.tensor(inputs), torch.tensor(targets).long(), np.array(groups) if groups else None)
+
+
+def _number(cell: str, where: str) -> float:
+    """Return the number in a cell."""
+    try:
+        number = float(cell)
+    except ValueError:
+        number = math.nan
+    if not abs(number) < 1e38:  # NaN, infinite, or more than float32 holds
+        raise DataError(f"{where}: expected a number, not {cell!r}")
+    return number
+
+
+def _split(examples: Examples, source: object) -> tuple[Examples, Examples]:
+    """Return the rows to train on and the rows to test on: in each hospital the 2nd, 6th, 10th, …"""
+    groups = np.zeros(len(examples)) if examples.groups is None else examples.groups
+    test = np.zeros(len(examples), dtype=bool)
+    for group in np.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        if len(rows) < 2:
+            name = "" if examples.groups is None else f" of {GROUP} {group}"
+            raise DataError(f"{source}: there is one row{name}; one to train on and one to test on are needed")
+        test[rows[1::4]] = True
+    return examples.take(np.flatnonzero(~test)), examples.take(np.flatnonzero(test))
 
 
 def _made_up(count: int, seed: int) -> Examples:
-    """Return machines that fail when they run hot and shake, or under a load too high. Put your data here."""
+    """Return patients who come back when old with a high pressure, or with a pulse too high."""
     chance = np.random.default_rng(seed)
-    factory = chance.integers(FACTORIES, size=count)
+    hospital = chance.integers(HOSPITALS, size=count)
     inputs = chance.normal(size=(count, len(COLUMNS)))
-    inputs[:, 0] += 0.4 * np.cos(factory)  # each factory is a little different
-    temperature, vibration, load = inputs.T
-    strain = temperature * vibration + 0.8 * load + 0.1 * chance.normal(size=count)
-    return _examples(inputs, strain > 0.3, factory)
+    inputs[:, 0] += 0.4 * np.cos(hospital)  # each hospital is a little different
+    age, pressure, pulse = inputs.T
+    strain = age * pressure + 0.8 * pulse + 0.1 * chance.normal(size=count)
+    return Examples(torch.from_numpy(inputs).float(), torch.from_numpy(strain > 0.3).long(), hospital)
