@@ -98,7 +98,8 @@ class FederationConfig:
         cohort: clients invited to a round, at most ``clients``; left out: all of them.
         rounds: rounds to run.
         min_respondents: answers without which a round is tried again; left out: half the cohort, rounded up.
-        round_timeout_s: seconds until a round goes on with the answers it has.
+        round_timeout_s: seconds a client has to answer; the round then goes on without it. In a simulation, where
+            clients wait for each other, they count from when the client begins.
         round_tries: how often a round is tried before the run fails.
         evaluation: who measures the model; ``auto``: wherever there is something to measure it on.
         evaluate_every: rounds from one evaluation to the next.

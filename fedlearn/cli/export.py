@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedlearn.cli.arguments import AsJson
-from fedlearn.cli.predict import FinishedRun, RunArgument, check_out, open_finished
+from fedlearn.cli.predict import FinishedRun, RunArgument, check_out, open_finished, say
 from fedlearn.errors import DependencyError, RunFailedError
 
 if TYPE_CHECKING:
@@ -60,12 +60,12 @@ def run(
     """
     named, out = out is not None, out or run / f"model.{to}"
     if to is Format.safetensors and out.resolve() == (run / "model.safetensors").resolve():
-        finished = open_finished(run)  # nothing to write; that it opens is what there is to say
+        finished = _opened(run)  # nothing to write; that it opens is what there is to say
         difference: _Difference | None = _Difference(0.0, 0.0, _BATCHES)
     else:
         if named:
             check_out(out, f".{to}", keep=(run / "model.safetensors",))
-        finished = open_finished(run)
+        finished = _opened(run)
         difference = _export(finished, to, out)
     if as_json:
         from fedlearn.cli.rendering import echo_json
@@ -73,6 +73,19 @@ def run(
         echo_json(_body(finished, to, out, difference))
     else:
         _show(finished, to, out, difference)
+
+
+def _opened(run: Path) -> FinishedRun:
+    """Open the run, and say what whoever uses the file should know."""
+    finished = open_finished(run)
+    warnings = finished.warnings()
+    if finished.prepares:
+        warnings.append(
+            f"the model was trained on prepared data, and the exported file takes its inputs as they are: scale them "
+            f"as {type(finished.task).__name__}.prepare does"
+        )
+    say(warnings)
+    return finished
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -252,7 +265,7 @@ def _body(finished: FinishedRun, to: Format, out: Path, difference: _Difference 
 
 def _show(finished: FinishedRun, to: Format, out: Path, difference: _Difference | None) -> None:
     """Write where the file is and how well it agrees."""
-    from fedlearn.cli.rendering import bytes_text, console, facts
+    from fedlearn.cli.rendering import bytes_text, console, facts, task_text
 
     if to is Format.safetensors:
         checked = "the run's own file, SHA-256 as noted in summary.json"
@@ -270,4 +283,4 @@ def _show(finished: FinishedRun, to: Format, out: Path, difference: _Difference 
         rows.append(("names", "input inputs, output outputs; the first dimension is the batch"))
     stdout = console()
     stdout.print()
-    stdout.print(facts(rows, title=f"{finished.folder.config.task} as {to}"))
+    stdout.print(facts(rows, title=f"{task_text(finished.folder.config.task)} as {to}"))

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fedlearn.learning import Examples, FlatModel, Task
     from fedlearn.learning.inference import Answers, Question
 
-__all__ = ["FinishedRun", "RunArgument", "check_out", "open_finished", "run"]
+__all__ = ["FinishedRun", "RunArgument", "check_out", "open_finished", "run", "say"]
 
 _SHOWN = 20
 
@@ -51,6 +52,13 @@ def run(
     if out is not None:
         check_out(out, ".csv", keep=(data,))
     finished = open_finished(run)
+    warnings = finished.warnings()
+    if data is not None and finished.prepares:
+        warnings.append(
+            f"the model was trained on prepared data, and --data is used as it is: scale it as "
+            f"{type(finished.task).__name__}.prepare does"
+        )
+    say(warnings)
     from fedlearn.learning.inference import answer, score
 
     question = _question(finished, data)
@@ -69,7 +77,7 @@ def run(
     if as_json:
         from fedlearn.cli.rendering import echo_json
 
-        echo_json(rows.body(finished.folder, metrics, out))
+        echo_json({**rows.body(finished.folder, metrics, out), "warnings": warnings})
     else:
         _show(finished.folder, rows, metrics, data, out)
 
@@ -91,12 +99,32 @@ class FinishedRun:
         path = self.folder.config.data.path
         return Path(path) if path is not None else None
 
+    @property
+    def prepares(self) -> bool:
+        """Whether the task prepares each client's data, so that the model knows no other."""
+        from fedlearn.learning import Task
+
+        return type(self.task).prepare is not Task.prepare
+
+    def warnings(self) -> list[str]:
+        """Return what whoever uses the model should know of the run."""
+        summary = self.folder.summary()
+        if summary.get("finished", True):
+            return []
+        return [f"this run ended early, after round {summary.get('rounds')} of {self.folder.config.federation.rounds}"]
+
+
+def say(warnings: Sequence[str]) -> None:
+    """Write warnings on standard error, a line each."""
+    for warning in warnings:
+        typer.echo(f"{typer.style('Note', fg='yellow', bold=True)}  {warning}", err=True)
+
 
 def open_finished(path: Path) -> FinishedRun:
-    """Return what the folder of a finished run holds.
+    """Return what the folder of a run holds that is finished, or ended early with a model.
 
     Raises:
-        RunUnreadableError: there is no run, it is not finished, or its model is missing, damaged, or does not
+        RunUnreadableError: there is no run, it has no model yet, or its model is missing, damaged, or does not
             fit the task.
         TaskNotFoundError: the task is not where it was.
     """
@@ -250,7 +278,7 @@ def _finite(value: Any) -> Any:
 
 def _show(folder: RunFolder, rows: _Rows, metrics: dict[str, float], data: Path | None, out: Path | None) -> None:
     """Write the first predictions, the metrics, and where the rest is."""
-    from fedlearn.cli.rendering import console, count_text, facts, number_text, table
+    from fedlearn.cli.rendering import console, count_text, facts, number_text, table, task_text
 
     targets, probabilities = rows.targets, rows.probabilities
     columns = ["#", "prediction"] + ["probability"] * (probabilities is not None)
@@ -277,8 +305,9 @@ def _show(folder: RunFolder, rows: _Rows, metrics: dict[str, float], data: Path 
             f"{len(rows):,}, {data if data is not None else 'the task' + chr(39) + 's central test set'}",
         ),
         *([("predictions", str(out))] if out is not None else []),
+        ("run", str(folder.path)),
     ]
-    stdout.print(facts([*told, *about], title=f"{folder.config.task}, {folder.path}", headline=min(1, len(told))))
+    stdout.print(facts([*told, *about], title=task_text(folder.config.task), headline=min(1, len(told))))
     if not told:
         stdout.print(f"\nNo metrics: {count_text(len(rows), 'example')} without targets.", style="dim")
 

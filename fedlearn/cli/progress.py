@@ -59,6 +59,12 @@ def _said(line: Mapping[str, Any]) -> list[str]:
     return [f"{name} {number_text(value)}" for name, value in measured]
 
 
+def _tested(line: Mapping[str, Any]) -> list[str]:
+    """Return how many clients tested the model, in words; nothing where none failed to."""
+    failed = len(line.get("evaluation_failures", ()))
+    return [f"tested by {line['cohort'] - failed} of {line['cohort']} clients"] if failed else []
+
+
 class _Pace:
     """How long the rest will take, from the rounds of this session."""
 
@@ -95,7 +101,7 @@ class Lines:
     def finished_round(self, line: Mapping[str, Any]) -> None:
         """Say how the round went."""
         number = int(line["round"])
-        parts = [*_said(line), f"{line['respondents']} of {line['cohort']} clients"]
+        parts = [*_said(line), f"{line['respondents']} of {line['cohort']} clients", *_tested(line)]
         if line["attempt"] > 1:
             parts.append(f"try {line['attempt']}")
         left = self._pace.left(number)
@@ -140,7 +146,7 @@ class Bars:
         parts = [*_said(line), *([f"{left} left"] if number < self._rounds else [])]
         progress.update(self._overall, completed=number, note=" · ".join(parts))
         answered = f"{line['respondents']} of {line['cohort']} answered in round {number}"
-        progress.update(self._clients, note=answered)
+        progress.update(self._clients, note=" · ".join([answered, *_tested(line)]))
         self._redraw(force=True)
 
     def close(self) -> None:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import PurePath
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Table
 
-__all__ = ["bytes_text", "console", "count_text", "duration_text", "echo_json", "facts", "number_text", "table"]
+__all__ = [
+    "bytes_text",
+    "console",
+    "count_text",
+    "duration_text",
+    "echo_json",
+    "facts",
+    "number_text",
+    "table",
+    "task_text",
+]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -71,6 +83,30 @@ def number_text(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
+def task_text(task: str) -> str:
+    """Return a task's name for a title: of a task given by its path only the file's name.
+
+    >>> task_text("digits"), task_text("/home/me/heart-disease/task.py:Heart")
+    ('digits', 'task.py:Heart')
+    """
+    path, colon, attribute = task.rpartition(":") if not task.endswith(".py") else (task, "", "")
+    return f"{PurePath(path).name}{colon}{attribute}" if path.endswith(".py") else task
+
+
+class _Trimmed:
+    """A stream on which no line ends in blanks: rich fills its columns up with them."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write whole lines."""
+        return self._stream.write(re.sub(r" +(?=\n)", "", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def console(*, err: bool = False) -> Console:
     """Return a console on standard output, or for progress and chatter on standard error."""
     from rich.console import Console
@@ -78,7 +114,9 @@ def console(*, err: bool = False) -> Console:
     stream = sys.stderr if err else sys.stdout
     with suppress(AttributeError, ValueError):  # a terminal without Unicode shows ? instead of failing
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    return Console(stderr=err, highlight=False, markup=False, emoji=False)
+    piped = not err and not stream.isatty()
+    file = cast("IO[str]", _Trimmed(stream)) if piped else None
+    return Console(stderr=err, file=file, highlight=False, markup=False, emoji=False)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, totals: Sequence[str] = ()) -> Table:
@@ -103,21 +141,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, totals: Sequ
     return made
 
 
-def facts(rows: Sequence[tuple[str, str]], *, title: str, headline: int = 0) -> Table:
+def facts(rows: Sequence[tuple[str, str]], *, title: str, headline: int = 0) -> Group:
     """Return names and values side by side under a title; the first ``headline`` values stand out."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(
-        box=None,
-        title=Text(title, style="bold"),
-        title_justify="left",
-        show_header=False,
-        pad_edge=False,
-        padding=(0, 3, 0, 0),
-    )
+    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for index, (name, value) in enumerate(rows):
         made.add_row(Text(name), Text(value, style="bold green" if index < headline else ""))
-    return made
+    return Group(Text(title, style="bold"), made)  # a title of the table's own would be as narrow as the table

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from fedlearn.federation.run_folder import RunFolder
 
 __all__ = ["run"]
+
+_GENERIC = ("task", "my_task")  # files so called say nothing; their folders do
+_FEW = 3
+_CAUSES = 2
+_CAUSE_LENGTH = 200
+_LOG_BYTES = 4_000_000
+_INCIDENT = re.compile(r"\S+ \S+ (?:ERROR|WARNING) incident [0-9a-f]+, client (\S+): (.*)")
 
 
 def run(
@@ -107,12 +114,22 @@ def _free_folder(task: str) -> Path:
 def _stem(task: str) -> str:
     """Return a task's name as part of a file's name.
 
-    >>> _stem("digits"), _stem("/home/me/my_task.py:Mine"), _stem("package.module:Mine")
-    ('digits', 'my_task', 'Mine')
+    >>> _stem("digits"), _stem("/home/me/flowers.py:Mine"), _stem("package.module:Mine")
+    ('digits', 'flowers', 'Mine')
+    >>> _stem("/home/me/heart-disease/task.py"), _stem("/task.py")
+    ('heart-disease', 'task')
     """
     path, colon, attribute = task.rpartition(":")
-    name = Path(path or task).stem if (path or task).endswith(".py") else (attribute if colon else task)
-    return re.sub(r"[^0-9A-Za-z_-]+", "-", name).strip("-") or "run"
+    file = Path(path or task)
+    if file.suffix != ".py":
+        return _plain(attribute if colon else task) or "run"
+    folder = _plain(file.resolve().parent.name) if file.stem in _GENERIC else ""
+    return folder or _plain(file.stem) or "run"
+
+
+def _plain(name: str) -> str:
+    """Return a name without what is awkward in a file's name."""
+    return re.sub(r"[^0-9A-Za-z_-]+", "-", name).strip("-")
 
 
 def _discard(folder: RunFolder) -> None:
@@ -148,6 +165,7 @@ def _train(folder: RunFolder, *, new: bool, quiet: bool) -> dict[str, Any]:
     from fedlearn.cli.progress import watcher
 
     watch = watcher(folder.config.federation.rounds, quiet=quiet)
+    logged = _log_size(folder)
     try:
         from fedlearn.simulation.engine import simulate
 
@@ -161,20 +179,62 @@ def _train(folder: RunFolder, *, new: bool, quiet: bool) -> dict[str, Any]:
         if new and not begun and isinstance(error, UsageError | MissingError):
             _discard(folder)
         else:
-            _add_whereabouts(error, folder)
+            _add_whereabouts(error, folder, logged)
         raise
     finally:
         if watch is not None:
             watch.close()
 
 
-def _add_whereabouts(error: FedlearnError, folder: RunFolder) -> None:
-    """Note where the run and its clients' own errors are; ``main`` says notes after the message."""
+def _add_whereabouts(error: FedlearnError, folder: RunFolder, logged: int) -> None:
+    """Note why clients failed since the log had ``logged`` bytes, and where the run and the log are.
+
+    ``main`` says notes after the message.
+    """
+    for name, cause in _causes(folder, logged):
+        error.add_note(f"{name.capitalize()}: {cause}")
     if str(folder.path) not in str(error):
         error.add_note(f"The run is in {folder.path}.")
     log = folder.path / "clients.log"
     if log.exists():
         error.add_note(f"The clients' own errors are in {log}.")
+
+
+def _log_size(folder: RunFolder) -> int:
+    """Return how much the clients have logged so far, in bytes."""
+    try:
+        return (folder.path / "clients.log").stat().st_size
+    except OSError:
+        return 0
+
+
+def _causes(folder: RunFolder, start: int = 0) -> list[tuple[str, str]]:
+    """Return the first distinct reasons in the clients' log from byte ``start`` on, each with a name.
+
+    In a simulation the clients' log is the user's own, so its text may be shown.
+    """
+    try:
+        with (folder.path / "clients.log").open("rb") as handle:
+            handle.seek(start)
+            lines = handle.read(_LOG_BYTES).decode(errors="replace").split("\n")
+    except OSError:
+        return []
+    found: dict[str, str] = {}
+    for client, reason in (match.groups() for line in lines if (match := _INCIDENT.match(line))):
+        found.setdefault(reason, f"client {client}: {_shown(reason)}")
+        if len(found) == _CAUSES:
+            break
+    return list(zip(("first cause", "second cause"), found.values(), strict=False))
+
+
+def _shown(text: str) -> str:
+    r"""Return a text of anyone's without what could move a terminal's cursor, cut to a readable length.
+
+    >>> _shown("ValueError:\x1b[2J gone")
+    'ValueError: [2J gone'
+    """
+    clean = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    return clean if len(clean) <= _CAUSE_LENGTH else clean[: _CAUSE_LENGTH - 1].rstrip() + "…"
 
 
 def _command(verb: str, folder: RunFolder) -> str:
@@ -187,19 +247,21 @@ def _command(verb: str, folder: RunFolder) -> str:
 
 def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     """Write the table of a finished run, and what to do next."""
-    from fedlearn.cli.rendering import console, facts
+    from fedlearn.cli.rendering import console, facts, task_text
 
-    measured = _measured(folder, summary)
-    rows = [*measured, *_costs(folder, summary), ("left out", _left_out(folder.metrics()))]
+    measured, lines = _measured(folder, summary), folder.metrics()
+    rows = [*measured, *_costs(folder, summary), *_failed(folder, lines)]
     if summary["privacy"]["unit"] == "none":
         rows.append(("privacy", "none promised: epsilon is infinite (privacy.unit = none)"))
     rows.append(("files", f"{folder.path}{'/' if str(folder.path)[-1:] != '/' else ''}"))
     stdout = console()
+    title = f"{task_text(summary['task'])}, seed {summary['seed']}"
     stdout.print()
-    stdout.print(facts(rows, title=f"{summary['task']}, seed {summary['seed']}", headline=min(1, len(measured))))
+    stdout.print(facts(rows, title=title, headline=min(1, len(measured))))
     stdout.print("\nNext", style="bold")
     opener = "open" if sys.platform == "darwin" else "xdg-open"
-    commands = (_command("predict", folder), f"{opener} {shlex.quote(str(folder.path / 'history.svg'))}")
+    predict = _command("predict", folder) + ("" if _tested_centrally(summary, lines) else " --data FILE")
+    commands = (predict, f"{opener} {shlex.quote(str(folder.path / 'history.svg'))}")
     for command in commands:
         stdout.print(f"  {command}", soft_wrap=True)
 
@@ -234,10 +296,27 @@ def _costs(folder: RunFolder, summary: Mapping[str, Any]) -> list[tuple[str, str
     ]
 
 
-def _left_out(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return how often clients were left out of a round, by reason."""
-    from fedlearn.cli.rendering import count_text
+def _tested_centrally(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the task may have a central test set: not where only clients tested, or tried to."""
+    if summary["metrics"]:
+        return not any(name.endswith("_client_mean") for name in summary["metrics"])
+    return not any(line.get("evaluation_failures") for line in lines)
 
+
+def _failed(folder: RunFolder, lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return which clients did not train or not test, and why."""
+    rows = [("left out", _left_out(lines))]
+    if untested := _not_tested(lines):
+        rows.append(("not tested", untested))
+    if untested or any(line["failures"] or any(line.get("earlier_failures", ())) for line in lines):
+        rows += _causes(folder)
+        if _log_size(folder):
+            rows.append(("clients' log", str(folder.path / "clients.log")))
+    return rows
+
+
+def _left_out(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return how often clients were left out of a round, by reason, and who was left out of every one."""
     reasons = Counter(
         code
         for line in lines
@@ -246,6 +325,42 @@ def _left_out(lines: Sequence[Mapping[str, Any]]) -> str:
     )
     if not reasons:
         return "no client"
-    asked = sum(line["cohort"] for line in lines)
+    said = _counted(reasons, sum(line["cohort"] * line["attempt"] for line in lines))
+    always = [client for client in lines[0]["failures"] if all(client in line["failures"] for line in lines)]
+    return f"{said}; {_named(always)} in every round" if always else said
+
+
+def _not_tested(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return which clients could not test the model, by reason; nothing where all could."""
+    from fedlearn.cli.rendering import count_text
+
+    failures = [line.get("evaluation_failures", {}) for line in lines]
+    who = Counter(item for each in failures for item in each.items())
+    if len({client for client, _ in who}) <= _FEW:
+        return "; ".join(f"client {client}: {code} in {count_text(n, 'round')}" for (client, code), n in who.items())
+    asked = sum(
+        line["cohort"]
+        for line, failed in zip(lines, failures, strict=True)
+        if failed
+        or any(name.endswith("_client_mean") for name in (*line["metrics"], *line.get("federated_metrics", ())))
+    )
+    return _counted(Counter(code for each in failures for code in each.values()), asked)
+
+
+def _counted(reasons: Counter[str], asked: int) -> str:
+    """Return how many answers are missing of those asked for, by reason."""
+    from fedlearn.cli.rendering import count_text
+
     parts = ", ".join(f"{count:,} {code}" for code, count in reasons.most_common())
     return f"{count_text(reasons.total(), 'answer')} of {asked:,}: {parts}"
+
+
+def _named(clients: Iterable[str]) -> str:
+    """Return clients by their numbers, the first few of many.
+
+    >>> _named(["1"]), _named(["4", "7", "9", "12", "15"])
+    ('client 1', 'clients 4, 7, 9 and 2 more')
+    """
+    numbers = list(clients)
+    more = f" and {len(numbers) - _FEW:,} more" if len(numbers) > _FEW else ""
+    return f"client{'s' * (len(numbers) > 1)} {', '.join(numbers[:_FEW])}{more}"

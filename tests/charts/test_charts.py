@@ -102,7 +102,7 @@ def test_pyplot_is_left_alone(picture):
 
 def test_without_matplotlib_the_error_says_what_to_install(picture, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(DependencyError, match=r"fedlearn\[simulation\]"):
+    with pytest.raises(DependencyError, match=r"\.\[simulation\]"):
         picture()
 
 

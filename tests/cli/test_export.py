@@ -70,6 +70,26 @@ def test_safetensors_in_the_run_is_there_already(cli: Cli, trained: Path) -> Non
     assert (trained / "model.safetensors").stat() == before
 
 
+def test_what_to_know_of_the_run_is_said(cli: Cli, run_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(
+        "from fedlearn.tasks.digits import DigitsMlp\n"
+        "class Scaled(DigitsMlp):\n"
+        "    def prepare(self, data):\n"
+        "        return data\n"
+    )
+    config = (run_copy / "config.toml").read_text().replace('"digits-mlp"', f'"{tmp_path}/task.py"')
+    (run_copy / "config.toml").write_text(config)
+    summary = json.loads((run_copy / "summary.json").read_text())
+    (run_copy / "summary.json").write_text(json.dumps({**summary, "finished": False, "rounds": 1}))
+    for more in ((), ("--out", tmp_path / "copy.safetensors")):
+        said = cli("export", run_copy, "--to", "safetensors", *more)
+        assert said.code == 0
+        early, prepared = said.err.splitlines()
+        assert "this run ended early, after round 1 of 2" in early
+        assert "Scaled.prepare" in prepared
+        assert "\ntask.py as safetensors\n" in said.out
+
+
 # -- what cannot be ------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +113,7 @@ def test_a_missing_package_is_named(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == package else object())
-    with pytest.raises(DependencyError, match=r"fedlearn\[onnx\]") as raised:
+    with pytest.raises(DependencyError, match=r"\.\[onnx\]") as raised:
         export._export(open_finished(trained), Format.onnx, tmp_path / "m.onnx")
     assert raised.value.package == package
 

@@ -193,6 +193,55 @@ def test_no_run_and_an_unfinished_run(cli: Cli, run_copy: Path, tmp_path: Path) 
     assert "--resume" in said.err
 
 
+def test_a_run_that_ended_early_can_be_used_and_says_so(cli: Cli, run_copy: Path) -> None:
+    summary = json.loads((run_copy / "summary.json").read_text())
+    assert cli("predict", run_copy, "--json").json["warnings"] == []
+    (run_copy / "summary.json").write_text(json.dumps({**summary, "finished": False, "rounds": 1}))
+    said = cli("predict", run_copy, "--json")
+    assert said.code == 0
+    assert said.json["warnings"] == ["this run ended early, after round 1 of 2"]
+    assert "this run ended early, after round 1 of 2" in said.err
+    del summary["finished"]
+    (run_copy / "summary.json").write_text(json.dumps(summary))
+    assert cli("predict", run_copy).err == "", "a run of an earlier version is finished"
+
+
+def _prepared(run: Path) -> None:
+    """Give the run a task that scales each client's data, in a folder of a long name."""
+    path = run / ("a-long-name-" * 8) / "task.py"
+    path.parent.mkdir()
+    path.write_text(
+        "from fedlearn.tasks.digits import DigitsMlp\n"
+        "class Scaled(DigitsMlp):\n"
+        "    def prepare(self, data):\n"
+        "        return data\n"
+    )
+    config = (run / "config.toml").read_text().replace('"digits-mlp"', f'"{path}"')
+    (run / "config.toml").write_text(config)
+
+
+def test_data_for_a_task_that_prepares_its_own_is_used_as_it_is_and_that_is_said(
+    cli: Cli, run_copy: Path, tmp_path: Path
+) -> None:
+    _prepared(run_copy)
+    (tmp_path / "a.csv").write_text(ROW)
+    said = cli("predict", run_copy, "--data", tmp_path / "a.csv", "--json")
+    (warning,) = said.json["warnings"]
+    assert "trained on prepared data" in warning
+    assert "Scaled.prepare" in warning
+    assert said.err.count("\n") == 1
+    assert warning in said.err
+    assert cli("predict", run_copy, "--json").json["warnings"] == [], "the task's own test set is its own affair"
+
+
+def test_a_task_given_by_path_is_named_by_its_file(cli: Cli, run_copy: Path) -> None:
+    _prepared(run_copy)
+    said = cli("predict", run_copy)
+    assert "\ntask.py\n" in said.out
+    assert "a-long-name" not in said.out
+    assert all(line == line.rstrip() for line in said.out.splitlines())
+
+
 @pytest.mark.parametrize("damage", ["gone", "short", "flipped", "empty"])
 def test_a_damaged_model_is_refused(cli: Cli, run_copy: Path, damage: str) -> None:
     path = run_copy / "model.safetensors"

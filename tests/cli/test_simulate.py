@@ -16,6 +16,9 @@ import pytest
 
 from fedlearn.cli import main
 from fedlearn.cli.progress import Bars, Lines, headline, watcher
+from fedlearn.cli.simulate import _causes, _left_out, _not_tested, _stem
+from fedlearn.config import RunConfig
+from fedlearn.federation.run_folder import RunFolder
 
 TINY = ("digits-mlp", "--set", "federation.clients=3", "--set", "federation.rounds=2")
 
@@ -191,7 +194,8 @@ def test_a_run_that_fails_says_where_it_is_and_where_the_clients_log(
     code, out, err = fedlearn("simulate", *words, "--out", "failed", "--json")
     assert code == 1
     assert "failed/clients.log" in err
-    assert "patient 17" not in out + err, "what a client says of its data stays in its own log"
+    assert "First cause: client 0: RuntimeError: patient 17" in err, "in a simulation the log is the user's own"
+    assert "Second cause" not in err, "three clients, one cause"
     assert "patient 17" in (tmp_path / "failed" / "clients.log").read_text()
     error = json.loads(out.splitlines()[-1])["error"]
     assert error["kind"] == "RoundFailedError"
@@ -213,6 +217,100 @@ def test_clients_left_out_are_counted_by_reason(fedlearn: Callable[..., Result],
     lost = sum(len(line["failures"]) for line in lines)
     assert lost > 0, "the seed drops somebody"
     assert f"{lost} answers of 12: {lost} no-reply" in out
+
+
+UNTESTABLE = """
+from fedlearn.learning import Pool
+from fedlearn.tasks.digits import DigitsMlp
+
+class Mine(DigitsMlp):
+    def load_test(self, path):
+        return None
+
+    def load_pool(self, path):
+        train = super().load_pool(path).train
+        return Pool(train=train, test=train)
+
+    def metrics(self, output, target):
+        {body}
+"""
+
+
+def test_clients_that_cannot_test_are_counted_and_the_cause_is_shown(
+    fedlearn: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "task.py").write_text(UNTESTABLE.format(body="raise ValueError('column 3\\x1b[2J is empty')"))
+    words = ("--set", "federation.clients=2", "--set", "federation.rounds=2", "--out", "mine")
+    code, out, err = fedlearn("simulate", "task.py", *words)
+    assert code == 0
+    assert "client 0: training-failed in 2 rounds; client 1: training-failed in 2 rounds" in " ".join(out.split())
+    assert re.search(r"first cause +client 0: ValueError: column 3 \[2J is empty", out)
+    assert "second cause" not in out
+    assert re.search(r"clients' log +mine/clients.log", out)
+    assert re.search(r"left out +no client\n", out)
+    assert "\ntask.py, seed 0\n" in out, "the title of a task given by path"
+    assert "fedlearn predict mine --data FILE\n" in out, "there is no central test set"
+    assert err.count("2 of 2 clients · tested by 0 of 2 clients") == 2
+    assert all(line == line.rstrip() for line in out.splitlines())
+
+
+def test_where_clients_test_the_next_step_names_a_file(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(UNTESTABLE.format(body="return super().metrics(output, target)"))
+    code, out, _ = fedlearn("simulate", "task.py", "--set", "federation.rounds=1", "--out", "mine")
+    assert code == 0
+    assert "fedlearn predict mine --data FILE\n" in out
+    assert "not tested" not in out
+    assert "cause" not in out
+
+
+def _line(failures: dict[str, str], untested: dict[str, str] | None = None) -> dict[str, Any]:
+    line = {"cohort": 10, "attempt": 1, "failures": failures, "metrics": {"loss_client_mean": 1.0}}
+    return {**line, "evaluation_failures": untested} if untested else line
+
+
+def test_who_was_left_out_of_every_round_is_named() -> None:
+    lines = [_line({"1": "no-reply", "3": "not-finite"}), _line({"1": "no-reply"})]
+    assert _left_out(lines) == "3 answers of 20: 2 no-reply, 1 not-finite; client 1 in every round"
+    assert _left_out([*lines[:1], _line({})]) == "2 answers of 20: 1 no-reply, 1 not-finite"
+    assert _left_out([_line({}), _line({})]) == "no client"
+
+
+def test_who_could_not_test_is_named_where_few_and_counted_where_many() -> None:
+    lines = [_line({}, {"1": "not-finite"}), _line({}), _line({}, {"1": "not-finite", "2": "no-data"})]
+    assert _not_tested(lines) == "client 1: not-finite in 2 rounds; client 2: no-data in 1 round"
+    many = [_line({}, {str(client): "no-data" for client in range(5)}), _line({})]
+    assert _not_tested(many) == "5 answers of 20: 5 no-data"
+    assert _not_tested([_line({})]) == ""
+
+
+def test_causes_are_distinct_short_and_of_this_session(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", RunConfig())
+    assert _causes(folder) == [], "no log"
+    stamp = "2026-11-23 20:31:00,123"
+    before = f"{stamp} ERROR incident 1a2b3c4d, client 3: TaskError: old\nTraceback\n  boom\n"
+    after = (
+        f"{stamp} ERROR incident 00000001, client 3: TaskError: new\r\x07 one\nTraceback\n"
+        f"{stamp} ERROR incident 00000002, client 4: TaskError: new\r\x07 one\n"
+        f"{stamp} WARNING incident 00000003, client 5: not-finite: {'x' * 300}\n"
+        f"{stamp} WARNING incident 00000004, client 6: no-data: third\n"
+    )
+    (folder.path / "clients.log").write_bytes((before + after).encode() + b"\xff\n")
+    first, second = _causes(folder, len(before))
+    assert first == ("first cause", "client 3: TaskError: new one")
+    assert second[0] == "second cause"
+    assert second[1].startswith("client 5: not-finite: xxx")
+    assert second[1].endswith("x…")
+    assert len(second[1]) <= 220
+    assert _causes(folder)[0] == ("first cause", "client 3: TaskError: old")
+
+
+def test_a_task_of_a_generic_name_is_called_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "heart disease"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for task in ("task.py", "my_task.py:Mine", str(folder / "task.py"), "../heart disease/task.py"):
+        assert _stem(task) == "heart-disease"
+    assert _stem("flowers.py") == "flowers"
 
 
 def test_a_run_without_evaluation_shows_its_training_loss(fedlearn: Callable[..., Result]) -> None:
@@ -242,6 +340,17 @@ def test_bars_begin_at_the_round_a_resumed_run_is_in(
     assert "7/9" in shown
     assert "accuracy 0.8750 · loss 0.2500" in shown
     assert "2 of 3 answered in round 7" in shown
+    assert "tested by" not in shown
+
+
+def test_bars_say_how_many_tested(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("TERM", "xterm")
+    bars = Bars(9)
+    bars.finished_round({**LINE, "metrics": {"loss": 0.25}, "evaluation_failures": {"1": "not-finite"}})
+    bars.close()
+    assert "2 of 3 answered in round 1 · tested by 2 of 3 clients" in capsys.readouterr().err
 
 
 def test_lines_say_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_a_client_whose_task_raises_is_left_out_and_its_text_stays_in_its_own_lo
     assert [line["respondents"] for line in folder.metrics()] == [3, 3]
     told = {path.name: path.read_text(errors="replace") for path in folder.path.rglob("*") if path.is_file()}
     assert [name for name, text in told.items() if "Jane" in text] == ["clients.log"]
-    assert told["clients.log"].count("RuntimeError: patient Jane Doe, born 1970") == 2
+    assert told["clients.log"].count("RuntimeError: patient Jane Doe, born 1970") == 2 * 2  # line and traceback
     said = capfd.readouterr()
     assert "Jane" not in said.out + said.err + caplog.text
 

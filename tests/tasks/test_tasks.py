@@ -174,7 +174,7 @@ def test_without_scikit_learn_it_says_what_to_install(name, monkeypatch) -> None
     for cached in (fedlearn.tasks.digits._digits, fedlearn.tasks.regression._diabetes):
         cached.cache_clear()
     monkeypatch.setattr(loaders, "find_spec", lambda package: None)
-    with pytest.raises(MissingError, match=r"scikit-learn.*pip install 'fedlearn\[simulation\]'"):
+    with pytest.raises(MissingError, match=r"scikit-learn.*pip install -c constraints.txt '\.\[simulation\]'"):
         load_task(name).load_pool(None)
 
 
