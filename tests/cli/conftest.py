@@ -33,6 +33,27 @@ class Said:
         return dict(json.loads(lines[0]))
 
 
+Fedlearn = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fedlearn(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fedlearn:
+    """Return a function that runs a command line in an empty folder: exit code, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(list(words))
+        out, err = capsys.readouterr()
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return code, out, err
+
+    return call
+
+
 Cli = Callable[..., Said]
 
 

@@ -9,27 +9,11 @@ from collections.abc import Callable
 
 import pytest
 
-from fedlearn.cli import VERBS, main
+from fedlearn.cli import VERBS
 
 HEAVY = ("torch", "flwr", "scipy", "numpy", "matplotlib")
 
 Result = tuple[int, str, str]
-
-
-@pytest.fixture
-def fedlearn(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Return a function that runs a command line here: exit code, standard output, standard error."""
-
-    def call(*words: str) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main(list(words))
-        out, err = capsys.readouterr()
-        code = stopped.value.code
-        assert isinstance(code, int)
-        return code, out, err
-
-    return call
 
 
 def in_subprocess(*words: str) -> subprocess.CompletedProcess[str]:

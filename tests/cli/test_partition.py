@@ -10,32 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlearn.cli import main
 from fedlearn.data.loaders import distribute_data
 from fedlearn.scenario import read_scenario
 from fedlearn.tasks import load_task
 
 Result = tuple[int, str, str]
-
-
-@pytest.fixture
-def fedlearn(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Result]:
-    """Return a function that runs a command line in an empty folder: exit code, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*words: str) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main(list(words))
-        out, err = capsys.readouterr()
-        code = stopped.value.code
-        assert isinstance(code, int)
-        return code, out, err
-
-    return call
 
 
 def told(result: Result) -> dict[str, Any]:

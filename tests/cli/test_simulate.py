@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from fedlearn.cli import main
 from fedlearn.cli.progress import Bars, Lines, headline, watcher
 from fedlearn.cli.simulate import _causes, _left_out, _not_tested, _stem
 from fedlearn.config import RunConfig
@@ -23,26 +22,6 @@ from fedlearn.federation.run_folder import RunFolder
 TINY = ("digits-mlp", "--set", "federation.clients=3", "--set", "federation.rounds=2")
 
 Result = tuple[int, str, str]
-
-
-@pytest.fixture
-def fedlearn(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Result]:
-    """Return a function that runs a command line in an empty folder: exit code, standard output and error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*words: str) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main(list(words))
-        out, err = capsys.readouterr()
-        code = stopped.value.code
-        assert isinstance(code, int)
-        return code, out, err
-
-    return call
 
 
 def test_a_run_leaves_its_files_and_says_what_it_cost(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
