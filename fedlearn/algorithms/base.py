@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlearn.config_reading import kebab
 from fedlearn.errors import ConfigError, RunFailedError
 
 __all__ = ["Algorithm", "ServerState", "check_update"]
@@ -217,8 +218,7 @@ def _read_only(name: str, array: NDArray[np.float64], shape: tuple[int, ...]) ->
 
 def _key(name: str) -> str:
     """Return where the scenario says a hyper-parameter."""
-    kebab = name.replace("_", "-")
-    return f"training.{kebab}" if name == "server_learning_rate" else f"training.options.{kebab}"
+    return f"training.{kebab(name)}" if name == "server_learning_rate" else f"training.options.{kebab(name)}"
 
 
 def _of_kind(key: str, value: object, kind: type, words: str) -> object:

@@ -14,6 +14,7 @@ from fedlearn.algorithms.fedavg import FedAvg
 from fedlearn.algorithms.fedavgm import FedAvgM
 from fedlearn.algorithms.fedprox import FedProx
 from fedlearn.algorithms.fedyogi import FedYogi
+from fedlearn.config_reading import kebab
 from fedlearn.errors import ConfigError, nearest
 from fedlearn.plugins import load_class
 
@@ -62,7 +63,7 @@ def build_algorithm(
             raise _unknown_option(shown, option, list(known))
     for option, each in known.items():
         if option not in options and each.default is MISSING and each.default_factory is MISSING:
-            raise ConfigError(f"training.options.{_kebab(option)}", f"{shown} needs a value for it.")
+            raise ConfigError(f"training.options.{kebab(option)}", f"{shown} needs a value for it.")
     numbers: dict[str, Any] = dict(options)
     if server_learning_rate is not None:
         numbers["server_learning_rate"] = server_learning_rate
@@ -84,15 +85,10 @@ def _unknown_option(shown: str, option: str, known: list[str]) -> ConfigError:
     if option == "server_learning_rate":
         reason = "it is no option of one algorithm but a key of its own."
         return ConfigError("training.options.server-learning-rate", reason, "training.server-learning-rate")
-    names = [_kebab(each) for each in known]
+    names = [kebab(each) for each in known]
     rest = f"; it has {', '.join(names)}." if names else ", nor any other."
     return ConfigError(
-        f"training.options.{_kebab(option)}",
+        f"training.options.{kebab(option)}",
         f"{shown} has no such option{rest}",
-        nearest(_kebab(option), names),
+        nearest(kebab(option), names),
     )
-
-
-def _kebab(name: str) -> str:
-    """Return a field's name as TOML writes it."""
-    return name.replace("_", "-")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -120,9 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         _report("StoppedError", "stopped; what was finished is kept (simulate --resume goes on)", as_json)
         code = 130
-    except OSError as error:  # of standard output: whatever else can fail is a FedlearnError by now
-        if not isinstance(error, BrokenPipeError):
-            _report(type(error).__name__, f"cannot write: {error}", as_json=False)
+    except OSError as error:  # mostly of standard output: closed, or on a full disk
+        with suppress(OSError):
+            if not isinstance(error, BrokenPipeError):  # else the reader left, and knows
+                _report(type(error).__name__, str(error), as_json)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at the end must not fail again
         code = 1
     sys.exit(code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median, median_low
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from fedlearn.cli.arguments import AsJson, Overrides, Source
 
 if TYPE_CHECKING:
     from fedlearn.algorithms import Algorithm
-    from fedlearn.config import RunConfig, TrainingConfig
+    from fedlearn.config import RunConfig
     from fedlearn.data.loaders import Distribution
     from fedlearn.learning import Examples, FlatModel, Task
 
@@ -61,9 +60,10 @@ class _Setting:
 
     @property
     def asks_clients(self) -> bool:
-        """Whether clients evaluate, as ``Federation.validate`` decides it."""
-        wanted = self.config.federation.evaluation
-        return wanted in ("federated", "both") or (wanted == "auto" and self.test is None)
+        """Whether clients evaluate."""
+        from fedlearn.federation.rounds import asks_clients
+
+        return asks_clients(self.config, self.test)
 
     @property
     def answered(self) -> float:
@@ -75,34 +75,32 @@ def _setting(config: RunConfig) -> _Setting:
     """Load the task and its data and build its model, as a run would begin."""
     from fedlearn.algorithms import build_algorithm
     from fedlearn.data.loaders import distribute_data
-    from fedlearn.errors import ConfigError
+    from fedlearn.federation.rounds import central_test
     from fedlearn.learning import build_flat_model
     from fedlearn.sources import SeedTree
     from fedlearn.tasks import load_task
 
-    task, training, wanted = load_task(config.task), config.training, config.federation.evaluation
+    task, training = load_task(config.task), config.training
     algorithm = build_algorithm(
         training.algorithm, server_learning_rate=training.server_learning_rate, options=training.options
     )
-    path = Path(config.data.path) if config.data.path is not None else None
-    test = None if wanted in ("off", "federated") else task.load_test(path)
-    if test is None and wanted in ("central", "both"):
-        raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
     return _Setting(
         config=config,
         task=task,
         algorithm=algorithm,
         model=build_flat_model(task, SeedTree.root(config.seed).child("initialise")),
         distribution=distribute_data(task, config),
-        test=test,
+        test=central_test(task, config),
     )
 
 
 def _plan(config: RunConfig) -> dict[str, Any]:
     """Return the plan, as machines are told it."""
+    from fedlearn.learning import local_steps
+
     setting = _setting(config)
     sizes = [part.size for part in setting.distribution.train]
-    steps = [_local_steps(size, config.training) for size in sizes]
+    steps = [local_steps(size, config.training) for size in sizes]
     clock = _timed(setting, sizes, steps)
     federation = config.federation
     return {
@@ -126,14 +124,6 @@ def _plan(config: RunConfig) -> dict[str, Any]:
 def _spread(numbers: Sequence[int]) -> dict[str, float]:
     """Return the smallest, the middle and the largest."""
     return {"min": min(numbers), "median": median(numbers), "max": max(numbers)}
-
-
-def _local_steps(size: int, training: TrainingConfig) -> int:
-    """Return the descent steps that a client with ``size`` examples takes in a round."""
-    if training.local_steps is not None:
-        return training.local_steps
-    batch = min(training.batch_size or size, size)
-    return (training.local_epochs or 1) * -(-size // batch)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------

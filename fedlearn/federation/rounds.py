@@ -27,7 +27,7 @@ from fedlearn.learning.task import task_code
 from fedlearn.privacy.sampling import Draw, draw_cohort
 from fedlearn.sources import Clock, SeedTree
 
-__all__ = ["Federation", "Observer", "SilentObserver", "Validation"]
+__all__ = ["Federation", "Observer", "SilentObserver", "Validation", "asks_clients", "central_test"]
 
 
 class Observer(Protocol):
@@ -124,7 +124,7 @@ class Federation:
             options=config.training.options,
         )
         self.model: FlatModel = build_flat_model(task, self.seeds.child("initialise"))
-        self.test = self._central_test()
+        self.test = central_test(task, config)
 
     def run(self) -> RunState:
         """Go from the last kept round to the end and return the final state.
@@ -190,15 +190,14 @@ class Federation:
 
     def validate(self, state: RunState) -> Validation:
         """Measure the model: on the central test set, at the clients, or both, as the scenario says."""
-        wanted = self.config.federation.evaluation
         parameters = self._parameters(state)
         central: dict[str, float] = {}
-        if self.test is not None and wanted in ("auto", "central", "both"):
+        if self.test is not None:
             seeds = self.seeds.child("validate")
             with task_code(self.task, "loss or metrics"):
                 central = evaluate(self.model, self.task, parameters, self.test, seeds=seeds).means()
             self._check_finite(central, state.round_number)
-        if wanted in ("off", "central") or (wanted == "auto" and self.test is not None):
+        if not asks_clients(self.config, self.test):
             return Validation(metrics=central, totals=state.totals)
         at_clients = self._validate_at_clients(state, parameters)
         if not central:
@@ -332,17 +331,29 @@ class Federation:
         """Return θ as it is sent, in the model's own type."""
         return state.server.params.astype(self.model.spec.dtype)
 
-    def _central_test(self) -> Examples | None:
-        """Return the central test set, or ``None`` where it is not wanted or does not exist."""
-        wanted = self.config.federation.evaluation
-        if wanted in ("off", "federated"):
-            return None
-        path = self.config.data.path
-        with task_code(self.task, "load_test"), computing(self.seeds.child("load_test")):
-            test = self.task.load_test(Path(path) if path is not None else None)
-        if test is None and wanted in ("central", "both"):
-            raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
-        return test
+
+def central_test(task: Task, config: RunConfig) -> Examples | None:
+    """Return the central test set, or ``None`` where it is not wanted or does not exist.
+
+    Raises:
+        ConfigError: it is asked for and the task has none.
+        DataError: it cannot be read.
+        TaskError: the task's ``load_test`` raised.
+    """
+    wanted, path = config.federation.evaluation, config.data.path
+    if wanted in ("off", "federated"):
+        return None
+    with task_code(task, "load_test"), computing(SeedTree.root(config.seed).child("load_test")):
+        test = task.load_test(Path(path) if path is not None else None)
+    if test is None and wanted in ("central", "both"):
+        raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
+    return test
+
+
+def asks_clients(config: RunConfig, test: Examples | None) -> bool:
+    """Return whether clients validate: where they are asked to, or where nobody else could."""
+    wanted = config.federation.evaluation
+    return wanted in ("federated", "both") or (wanted == "auto" and test is None)
 
 
 def _codes(failures: Mapping[int, Failure]) -> dict[str, str]:

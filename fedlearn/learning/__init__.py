@@ -2,7 +2,7 @@
 
 from fedlearn.learning.model import FlatModel, build_flat_model, computing
 from fedlearn.learning.task import ClientData, Examples, Pool, Task
-from fedlearn.learning.trainer import Evaluation, Update, evaluate, train
+from fedlearn.learning.trainer import Evaluation, Update, evaluate, local_steps, train
 
 __all__ = [
     "ClientData",
@@ -15,5 +15,6 @@ __all__ = [
     "build_flat_model",
     "computing",
     "evaluate",
+    "local_steps",
     "train",
 ]

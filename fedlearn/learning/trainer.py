@@ -16,7 +16,7 @@ from fedlearn.learning.model import FlatModel, computing
 from fedlearn.learning.task import Examples, Task
 from fedlearn.sources import SeedTree
 
-__all__ = ["Evaluation", "Update", "evaluate", "train"]
+__all__ = ["Evaluation", "Update", "evaluate", "local_steps", "train"]
 
 _EVALUATION_BATCH = 1024
 
@@ -166,12 +166,18 @@ def _pick(examples: Examples, rows: slice | torch.Tensor) -> tuple[torch.Tensor,
     return (inputs, targets) if isinstance(rows, torch.Tensor) else (inputs.clone(), targets.clone())
 
 
+def local_steps(size: int, training: TrainingConfig) -> int:
+    """Return the descent steps that a client with ``size`` examples takes in a round."""
+    if training.local_steps is not None:
+        return training.local_steps
+    return (training.local_epochs or 1) * -(-size // min(training.batch_size or size, size))
+
+
 def _batches(size: int, training: TrainingConfig, generator: np.random.Generator) -> Iterator[NDArray[np.int64] | None]:
     """Yield the rows of each step's batch; ``None`` is the whole data set in its own order."""
     batch = min(training.batch_size or size, size)
     per_pass = -(-size // batch)
-    epochs, steps = training.local_epochs, training.local_steps
-    remaining = steps if steps is not None else (epochs or 1) * per_pass
+    remaining = local_steps(size, training)
     while remaining > 0:
         if training.batch_size == 0:
             yield None

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +111,13 @@ class TestRefusals:
         code, out, _ = fedlearn(verb, "--colour", "--json")
         assert code == 2
         assert "--colour" in json.loads(out.splitlines()[-1])["error"]["message"]
+
+
+def test_a_standard_output_that_is_full_is_a_sentence_and_exit_code_1() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fedlearn", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -95,3 +95,13 @@ def test_faults_lower_what_is_expected_back(fedlearn: Callable[..., str]) -> Non
     half = last_json(fedlearn("plan", "digits-mlp", *THREE, "--set", "faults.drop=0.5", "--json"))
     assert half["server_received_bytes"] == whole["server_received_bytes"] // 2
     assert half["server_sent_bytes"] == whole["server_sent_bytes"]
+
+
+def test_a_test_set_that_cannot_be_read_is_said_as_a_run_says_it(tmp_path, capsys) -> None:
+    task = tmp_path / "mine.py"
+    body = "    def load_test(self, path):\n        return open('/nowhere.csv').read()\n"
+    task.write_text(f"from fedlearn.tasks.digits import DigitsMlp\n\n\nclass Mine(DigitsMlp):\n{body}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", f"{task}:Mine"])
+    assert stopped.value.code == 3
+    assert "Mine.load_test: [Errno 2] No such file or directory: '/nowhere.csv'" in capsys.readouterr().err
