@@ -7,7 +7,7 @@
     ├── federation: FederationConfig     who takes part, how often, how long to wait
     ├── data: DataConfig                 how a simulation splits the data
     ├── training: TrainingConfig         the algorithm and its numbers
-    ├── privacy: PrivacyConfig           what is promised; fedlearn 0.1 promises nothing
+    ├── privacy: PrivacyConfig           what is promised, to whom, against whom (privacy_config.py)
     ├── secagg: SecaggConfig             what the server sees; fedlearn 0.1 hides nothing
     ├── simulation: SimulationConfig     speed only; never the result
     └── faults: FaultsConfig             what a simulation breaks on purpose
@@ -29,12 +29,11 @@ from typing import Any, Literal, Self, get_args
 from fedlearn.config_reading import (
     Options,
     Scalar,
-    boolean,
     check_fields,
     choice,
+    derive,
     integer,
     number,
-    number_or_word,
     option_table,
     read_table,
     section,
@@ -43,18 +42,22 @@ from fedlearn.config_reading import (
     write_table,
 )
 from fedlearn.errors import ConfigError
+from fedlearn.privacy_config import Amplification, GradSampleMode, Mechanism, PrivacyConfig, PrivacyUnit, Trust
 
 __all__ = [
+    "Amplification",
     "DataConfig",
     "Engine",
     "Evaluation",
     "FaultsConfig",
     "FederationConfig",
+    "GradSampleMode",
     "Mechanism",
     "Partition",
     "PrivacyConfig",
     "PrivacyUnit",
     "RunConfig",
+    "Sampling",
     "SecaggConfig",
     "SecaggMode",
     "SimulationConfig",
@@ -65,22 +68,14 @@ __all__ = [
 
 Engine = Literal["local", "flower"]
 Evaluation = Literal["auto", "central", "federated", "both", "off"]
-Mechanism = Literal["gaussian", "dp-ftrl", "skellam"]
 Partition = Literal["iid", "dirichlet", "shards", "natural", "quantity"]
-PrivacyUnit = Literal["none", "example", "client"]
 SecaggMode = Literal["off", "ideal", "semi-honest", "active"]
-Trust = Literal["local", "central", "distributed"]
-Weighting = Literal["uniform", "examples"]
+Sampling = Literal["auto", "fixed-size", "poisson", "separated"]
+Weighting = Literal["auto", "uniform", "examples"]
 
 # The default of a field that ``__post_init__`` fills in: such a field is never None once constructed, which
 # is why its type does not say so.
 _DERIVED: Any = None
-
-
-def _derive(config: object, name: str, value: object) -> None:
-    """Fill in a field of a frozen config that was left to be derived."""
-    if getattr(config, name) is None:
-        object.__setattr__(config, name, value)
 
 
 def _unavailable(wanted: str, only: str, consequence: str) -> str:
@@ -95,9 +90,13 @@ class FederationConfig:
 
     Attributes:
         clients: parties that hold data.
-        cohort: clients invited to a round, at most ``clients``; left out: all of them.
+        cohort: clients invited to a round, at most ``clients``, under ``poisson`` on average; left out: all of them.
         rounds: rounds to run.
-        min_respondents: answers without which a round is tried again; left out: half the cohort, rounded up.
+        sampling: how a cohort is drawn: so many without replacement (``fixed-size``), each client for itself with
+            probability cohort/clients (``poisson``), or from those that have not taken part for
+            ``privacy.min-separation`` rounds (``separated``). ``auto``: as the promised privacy needs it.
+        min_respondents: answers without which a round is tried again; left out: half the cohort, rounded up. Under
+            ``privacy.unit = "client"`` no round is tried again or thrown away, however few answer.
         round_timeout_s: seconds a client has to answer; the round then goes on without it. In a simulation, where
             clients wait for each other, they count from when the client begins.
         round_tries: how often a round is tried before the run fails.
@@ -114,6 +113,7 @@ class FederationConfig:
     clients: int = field(default=20, metadata=integer(minimum=1))
     cohort: int = field(default=_DERIVED, metadata=integer(minimum=1))
     rounds: int = field(default=20, metadata=integer(minimum=1))
+    sampling: Sampling = field(default="auto", metadata=choice(get_args(Sampling)))
     min_respondents: int = field(default=_DERIVED, metadata=integer(minimum=1))
     round_timeout_s: float = field(default=600.0, metadata=number(above=0))
     round_tries: int = field(default=3, metadata=integer(minimum=1))
@@ -122,8 +122,8 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "federation")
-        _derive(self, "cohort", self.clients)
-        _derive(self, "min_respondents", (self.cohort + 1) // 2)
+        derive(self, "cohort", self.clients)
+        derive(self, "min_respondents", (self.cohort + 1) // 2)
         if self.cohort > self.clients:
             reason = f"must be at most clients ({self.clients}), got {self.cohort}"
             raise ConfigError("federation.cohort", reason)
@@ -167,7 +167,8 @@ class TrainingConfig:
         learning_rate: the client's.
         server_learning_rate: the server's; ``None``: the algorithm's own default.
         momentum: the client optimiser's, in [0, 1).
-        weighting: whether a client counts once or by its examples.
+        weighting: whether a client counts once or by its examples; ``auto``: by its examples, but once where privacy is
+            promised, since the number of examples is the client's own.
         max_examples: the most examples a client counts for under ``examples``.
         options: the algorithm's own hyper-parameters, read-only, by snake_case name.
     """
@@ -179,52 +180,17 @@ class TrainingConfig:
     learning_rate: float = field(default=0.1, metadata=number(above=0))
     server_learning_rate: float | None = field(default=None, metadata=number(above=0))
     momentum: float = field(default=0.0, metadata=number(minimum=0, below=1))
-    weighting: Weighting = field(default="examples", metadata=choice(get_args(Weighting)))
+    weighting: Weighting = field(default="auto", metadata=choice(get_args(Weighting)))
     max_examples: int = field(default=10_000, metadata=integer(minimum=1))
     options: Mapping[str, Scalar] = field(default_factory=Options, metadata=option_table())
 
     def __post_init__(self) -> None:
         check_fields(self, "training")
         if self.local_steps is None:
-            _derive(self, "local_epochs", 2)
+            derive(self, "local_epochs", 2)
         elif self.local_epochs is not None:
             reason = f"only one of local-steps and local-epochs may be set; local-epochs is {self.local_epochs}"
             raise ConfigError("training.local-steps", reason)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrivacyConfig:
-    """What the run promises about the people in the data.
-
-    Every key is read and checked, but only ``unit = "none"`` runs in fedlearn 0.1, and it promises nothing.
-
-    Attributes:
-        unit: whose presence is hidden.
-        trust: who may see an update before noise is added.
-        target_epsilon: the budget from which the noise follows.
-        noise_multiplier: sigma/bound, instead of ``target_epsilon``.
-        delta: in (0, 1), or ``auto``.
-        bound_l2: the clipping norm.
-        adaptive_clipping: whether the clipping norm follows the updates.
-        mechanism: what noise is added.
-    """
-
-    unit: PrivacyUnit = field(default="none", metadata=choice(get_args(PrivacyUnit)))
-    trust: Trust = field(default="central", metadata=choice(get_args(Trust)))
-    target_epsilon: float | None = field(default=None, metadata=number(above=0))
-    noise_multiplier: float | None = field(default=None, metadata=number(above=0))
-    delta: float | Literal["auto"] = field(default="auto", metadata=number_or_word("auto", above=0, below=1))
-    bound_l2: float = field(default=1.0, metadata=number(above=0))
-    adaptive_clipping: bool = field(default=False, metadata=boolean())
-    mechanism: Mechanism = field(default="gaussian", metadata=choice(get_args(Mechanism)))
-
-    def __post_init__(self) -> None:
-        check_fields(self, "privacy")
-        if self.target_epsilon is not None and self.noise_multiplier is not None:
-            reason = "only one of target-epsilon and noise-multiplier may be set"
-            raise ConfigError("privacy.noise-multiplier", reason)
-        if self.unit != "none":
-            raise ConfigError("privacy.unit", _unavailable(self.unit, "none", "promises no privacy"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,6 +271,58 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._settle_weighting()
+        self._settle_sampling()
+        if self.privacy.unit == "client":
+            self._settle_client_privacy()
+
+    def _settle_weighting(self) -> None:
+        """Say what ``auto`` means, and refuse to send a number of examples that privacy covers."""
+        promised = self.privacy.unit != "none"
+        if self.training.weighting == "auto":
+            _set(self, "training", weighting="uniform" if promised else "examples")
+        elif self.training.weighting == "examples" and self.privacy.unit == "example":
+            reason = 'must be "uniform" under privacy.unit = "example": the number of examples would leave the client'
+            raise ConfigError("training.weighting", reason)
+
+    def _settle_sampling(self) -> None:
+        """Say what ``auto`` means, and refuse a claim that the draw does not justify."""
+        client = self.privacy.unit == "client"
+        correlated = client and self.privacy.mechanism == "dp-ftrl"
+        if self.federation.sampling == "auto":
+            drawn = "separated" if correlated else "poisson" if client else "fixed-size"
+            _set(self, "federation", sampling=drawn)
+        sampling = self.federation.sampling
+        if correlated != (sampling == "separated"):
+            reason = 'and privacy.mechanism = "dp-ftrl" under privacy.unit = "client" need each other'
+            raise ConfigError("federation.sampling", f'"separated" {reason}; leave federation.sampling out')
+        if self.privacy.amplification == "poisson" and sampling != "poisson":
+            reason = (
+                f'"poisson" is not what is drawn (federation.sampling = "{sampling}"): an accountant must not claim it'
+            )
+            raise ConfigError(
+                "privacy.amplification", f'{reason}; set federation.sampling = "poisson", or leave it out'
+            )
+        if self.privacy.amplification == "auto":
+            _set(self, "privacy", amplification="poisson" if client and sampling == "poisson" else "none")
+
+    def _settle_client_privacy(self) -> None:
+        """Say how far apart participations are, and refuse a delta that promises nothing."""
+        clients, cohort, delta = self.federation.clients, self.federation.cohort, self.privacy.delta
+        if clients < 2:
+            raise ConfigError("federation.clients", "must be at least 2 for a client to be hidden among them")
+        if delta != "auto" and delta >= 1 / clients:
+            reason = (
+                f"must be below 1/clients ({1 / clients:.3g}), got {delta:g}: above it one client may be given away"
+            )
+            raise ConfigError("privacy.delta", f"{reason}; leave it out for clients^-1.1")
+        if self.privacy.mechanism == "dp-ftrl":
+            most = clients // cohort
+            if self.privacy.min_separation is None:
+                _set(self, "privacy", min_separation=most)
+            elif self.privacy.min_separation > most:
+                reason = f"must be at most clients/cohort ({most}): else too few clients are left to invite"
+                raise ConfigError("privacy.min-separation", f"{reason}; lower it or federation.cohort")
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
@@ -334,7 +352,8 @@ class RunConfig:
 
     def for_clients(self) -> Self:
         """Return the config as clients are told it: without what is neither their business nor the result's."""
-        return replace(self, simulation=SimulationConfig(), faults=FaultsConfig())
+        privacy = replace(self.privacy, earlier_ledgers=None)
+        return replace(self, privacy=privacy, simulation=SimulationConfig(), faults=FaultsConfig())
 
     def to_mapping(self) -> dict[str, Any]:
         """Return nested tables with kebab-case keys, derived values included, ``None`` left out."""
@@ -364,6 +383,11 @@ class RunConfig:
         table = self.to_mapping()
         del table["simulation"]
         return hashlib.sha256(_canonical(table).encode("ascii")).hexdigest()
+
+
+def _set(config: RunConfig, name: str, **values: object) -> None:
+    """Fill in keys of one section of a frozen config."""
+    object.__setattr__(config, name, replace(getattr(config, name), **values))
 
 
 def _canonical(table: Mapping[str, Any]) -> str:

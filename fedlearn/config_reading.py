@@ -27,6 +27,7 @@ __all__ = [
     "boolean",
     "check_fields",
     "choice",
+    "derive",
     "described",
     "integer",
     "kebab",
@@ -288,6 +289,12 @@ def check_fields(config: DataclassInstance, path: str = "") -> None:
             continue
         key = _joined(path, kebab(each.name))
         object.__setattr__(config, each.name, each.metadata["rule"](key, value))
+
+
+def derive(config: object, name: str, value: object) -> None:
+    """Fill in a field of a frozen config that was left to be derived."""
+    if getattr(config, name) is None:
+        object.__setattr__(config, name, value)
 
 
 def read_table(kind: type[T], table: object) -> T:

@@ -9,9 +9,12 @@
     ├── MissingError               exit 3: something needed is missing or unreadable; provide it
     │   ├── DataError              a data file
     │   ├── DependencyError        a Python package (carries the command that installs it)
+    │   ├── LedgerMissingError     a ledger
     │   ├── RunUnreadableError     a run's folder
     │   └── TaskNotFoundError      no task of that name
+    ├── LedgerError                exit 1: a ledger's chain does not hold (carries the line's number)
     ├── RunFailedError             exit 1: the run could not go on
+    │   ├── BudgetSpentError       the next release would bring epsilon above what is permitted
     │   ├── TooFewClientsError     not enough clients were there in time
     │   └── RoundFailedError       a round was tried as often as allowed
     └── ReplyError                 one client's reply was refused; the round goes on without it
@@ -28,10 +31,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "BudgetSpentError",
     "ConfigError",
     "DataError",
     "DependencyError",
     "FedlearnError",
+    "LedgerError",
+    "LedgerMissingError",
     "MissingError",
     "ReplyError",
     "RoundFailedError",
@@ -103,6 +109,10 @@ class DependencyError(MissingError):
         super().__init__(f"{purpose} needs the package {package!r}. In fedlearn's folder: {command}")
 
 
+class LedgerMissingError(MissingError):
+    """A ledger is missing or cannot be read: nothing can be said of what was released."""
+
+
 class RunUnreadableError(MissingError):
     """A run's folder is missing, empty or damaged."""
 
@@ -111,8 +121,26 @@ class TaskNotFoundError(MissingError):
     """No task of that name, module or file exists."""
 
 
+class LedgerError(FedlearnError):
+    """A ledger was edited, reordered or cut: what it says is not what was written.
+
+    Attributes:
+        line: the number of the first line that does not hold, counted from 1.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, reason: str, *, line: int) -> None:
+        self.line = line
+        self.reason = reason
+        super().__init__(f"ledger, line {line}: {reason}")
+
+
 class RunFailedError(FedlearnError):
     """The run could not go on; its last good model is kept."""
+
+
+class BudgetSpentError(RunFailedError):
+    """The next release would bring epsilon above what is permitted, so it is not made."""
 
 
 class TooFewClientsError(RunFailedError):

@@ -71,7 +71,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _anchored(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the tables with relative paths made absolute from ``folder``."""
     anchored = _copied(mapping)
-    training, data = anchored.get("training"), anchored.get("data")
+    training, data, privacy = (anchored.get(section) for section in ("training", "data", "privacy"))
     for table, key in ((anchored, "task"), (training, "algorithm")):
         if isinstance(table, dict) and isinstance(name := table.get(key), str):
             path, colon, attribute = name.partition(".py:")
@@ -80,6 +80,9 @@ def _anchored(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 table[key] = str(_absolute(file, folder)) + (f":{attribute}" if colon else "")
     if isinstance(data, dict) and isinstance(name := data.get("path"), str):
         data["path"] = str(_absolute(name, folder))
+    if isinstance(privacy, dict) and isinstance(names := privacy.get("earlier-ledgers"), str):
+        found = [name.strip() for name in names.split(",") if name.strip()]
+        privacy["earlier-ledgers"] = ",".join(str(_absolute(name, folder)) for name in found)
     return anchored
 
 

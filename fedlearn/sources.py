@@ -18,6 +18,9 @@ import numpy as np
 __all__ = ["Clock", "ManualClock", "SecureRandom", "SeedTree", "SystemClock"]
 
 
+_ISO = "%Y-%m-%dT%H:%M:%SZ"
+
+
 @dataclass(frozen=True)
 class SeedTree:
     """A tree of seeds, addressed by name and number, independent of the order of asking.
@@ -75,6 +78,9 @@ class Clock(Protocol):
     def sleep(self, duration_s: float) -> None:
         """Wait for ``duration_s`` seconds."""
 
+    def utc(self) -> str:
+        """Return the date and time in UTC, as ISO 8601 to the second."""
+
 
 class SystemClock:
     """The machine's own clock."""
@@ -86,6 +92,10 @@ class SystemClock:
     def sleep(self, duration_s: float) -> None:
         """Block this thread for ``duration_s`` seconds."""
         time.sleep(duration_s)
+
+    def utc(self) -> str:
+        """Return the system's date and time in UTC."""
+        return time.strftime(_ISO, time.gmtime())
 
 
 class ManualClock:
@@ -107,6 +117,10 @@ class ManualClock:
     def sleep(self, duration_s: float) -> None:
         """Advance the clock without waiting."""
         self.advance(duration_s)
+
+    def utc(self) -> str:
+        """Return the seconds passed, as a date after 1970 began."""
+        return time.strftime(_ISO, time.gmtime(self._now_s))
 
     def advance(self, duration_s: float) -> None:
         """Let ``duration_s`` seconds pass."""

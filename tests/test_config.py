@@ -274,7 +274,9 @@ def test_overrides_are_toml_or_bare_strings() -> None:
     assert config.federation.cohort == 4  # derived only once everything is merged
     assert config.federation.evaluation == "off"
     assert config.data == DataConfig(partition="iid", path="./a=b, c.csv")
-    expected = TrainingConfig(algorithm="fedprox", learning_rate=0.01, options={"proximal_mu": 0.1})
+    expected = TrainingConfig(
+        algorithm="fedprox", learning_rate=0.01, weighting="examples", options={"proximal_mu": 0.1}
+    )
     assert config.training == expected
 
 
@@ -478,15 +480,6 @@ def test_alternatives_exclude_each_other() -> None:
 
 
 # Refused: what this version cannot do
-
-
-@pytest.mark.parametrize("unit", ["example", "client"])
-def test_privacy_is_refused_rather_than_ignored(unit: str) -> None:
-    error = refused(f"privacy.unit={unit}")
-    reason = f'"{unit}" is not available in fedlearn 0.1; only "none" runs (the run then promises no privacy).'
-    assert (error.key, error.reason, error.suggestion) == ("privacy.unit", reason, None)
-    with pytest.raises(ConfigError):
-        PrivacyConfig(unit=unit)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mode", ["ideal", "semi-honest", "active"])

@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "config_reading", "scenario", "plugins", "sources", "arrays", "files"}),
+    frozenset(
+        {"errors", "config", "config_reading", "privacy_config", "scenario", "plugins", "sources", "arrays", "files"}
+    ),
     frozenset({"privacy", "secagg"}),
     frozenset({"learning", "algorithms", "charts", "data", "tasks", "audit"}),
     frozenset({"federation"}),

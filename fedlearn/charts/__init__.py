@@ -1,4 +1,4 @@
-"""Pictures of a run, as SVG text: how it learned, and who held what.
+"""Pictures of a run, as SVG text: how it learned, who held what, and what it spent.
 
 Guarantees, for every picture: the same arguments give the same bytes; nothing outside the file is
 referred to, so it may be put into a page as it is; names are drawn as they are spelled, never as markup
@@ -6,6 +6,7 @@ or mathematics; pyplot and its global state are left alone; the background is wh
 """
 
 from fedlearn.charts.distribution import draw_partition
+from fedlearn.charts.epsilon import draw_epsilon
 from fedlearn.charts.history import draw_history
 
-__all__ = ["draw_history", "draw_partition"]
+__all__ = ["draw_epsilon", "draw_history", "draw_partition"]

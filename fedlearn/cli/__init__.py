@@ -28,11 +28,12 @@ VERBS = {
     "partition": "Show who would hold what.",
     "predict": "Use a run's model on data.",
     "export": "Write a run's model as ONNX, PT2 or safetensors.",
+    "privacy": "Compute epsilon from a ledger or from numbers; find the noise for an epsilon; show a ledger.",
     "tasks": "List the built-in learning problems.",
     "init": "Write a task of your own to start from.",
     "doctor": "Check this machine, with the next step for whatever is amiss.",
 }
-"""Verb → what it does. A verb's module is ``fedlearn.cli.<verb>`` and its function in it is ``run``."""
+"""Verb → what it does. Its module, ``fedlearn.cli.<verb>``, has a function ``run``, or several in ``SUB_VERBS``."""
 
 
 class StoppedError(FedlearnError):
@@ -59,8 +60,10 @@ class _LazyGroup(TyperGroup):
         if self._listing:
             return click.Command(cmd_name, help=VERBS[cmd_name])
         module = import_module(f"fedlearn.cli.{cmd_name}")
-        verb = typer.Typer(add_completion=False)
-        verb.command(cmd_name)(module.run)
+        parts = getattr(module, "SUB_VERBS", None)
+        verb = typer.Typer(add_completion=False, help=VERBS[cmd_name], no_args_is_help=parts is not None)
+        for name, function in (parts or {cmd_name: module.run}).items():
+            verb.command(name)(function)
         return typer.main.get_command(verb)
 
     def resolve_command(

@@ -292,7 +292,7 @@ def check_training_step() -> Check:
     task = load_task("digits-mlp")
     model = build_flat_model(task, seeds)
     begun = time.perf_counter()
-    update = train(
+    trained = train(
         model,
         task,
         model.vector(),
@@ -302,10 +302,11 @@ def check_training_step() -> Check:
         seeds=seeds,
     )
     took_ms = (time.perf_counter() - begun) * 1000
-    if not (np.isfinite(update.mean_loss) and np.isfinite(update.vector).all() and update.vector.any()):
-        found = f"the loss is {update.mean_loss}, the update not finite or zero"
+    vector = trained.update.vector
+    if not (np.isfinite(trained.mean_loss) and np.isfinite(vector).all() and vector.any()):
+        found = f"the loss is {trained.mean_loss}, the update not finite or zero"
         return Check("training step", Status.fail, found, "reinstall torch: pip install --force-reinstall torch")
-    return Check("training step", Status.ok, f"{len(update.vector):,} parameters in {took_ms:.0f} ms, finite")
+    return Check("training step", Status.ok, f"{len(vector):,} parameters in {took_ms:.0f} ms, finite")
 
 
 # -- for people ----------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _plan(config: RunConfig) -> dict[str, Any]:
         "examples_per_client": _spread(sizes),
         "local_steps_per_round": _spread(steps),
         **clock,
-        "privacy": {"unit": config.privacy.unit, "epsilon": "inf"},
+        "privacy": _promise(setting),
         "config_sha256": config.sha256(),
     }
 
@@ -124,6 +124,43 @@ def _plan(config: RunConfig) -> dict[str, Any]:
 def _spread(numbers: Sequence[int]) -> dict[str, float]:
     """Return the smallest, the middle and the largest."""
     return {"min": min(numbers), "median": median(numbers), "max": max(numbers)}
+
+
+# -- privacy -----------------------------------------------------------------------------------------------------
+
+
+def _promise(setting: _Setting) -> dict[str, Any]:
+    """Return what the run would promise and spend, under each assumption about how its cohorts are drawn."""
+    privacy = setting.config.privacy
+    if privacy.unit == "none":
+        return {"unit": "none", "epsilon": "inf"}
+    said: dict[str, Any] = {"unit": privacy.unit, "trust": privacy.trust, "budget": privacy.budget}
+    if privacy.unit == "example":
+        return {**said, "epsilon": privacy.target_epsilon or "inf"}
+    from fedlearn.federation.journal import earlier_releases
+    from fedlearn.privacy.plan import plan_privacy
+
+    evaluated = setting.rounds_evaluated if setting.asks_clients else []
+    plan = plan_privacy(setting.config, evaluated=evaluated, earlier=earlier_releases(setting.config))
+    return {
+        **said,
+        "epsilon": plan.epsilon(),
+        "epsilon_without_amplification": plan.without_amplification().epsilon(),
+        "delta": plan.delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "expected_cohort": setting.config.federation.cohort,
+    }
+
+
+def _promise_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the promise in words."""
+    from fedlearn.cli.promise import epsilon_text, promise_rows
+
+    rows = promise_rows(plan["privacy"], plan["rounds"])
+    without = plan["privacy"].get("epsilon_without_amplification")
+    if without is not None and without > plan["privacy"]["epsilon"] * 1.001:
+        rows.insert(1, ("", f"{epsilon_text(without)} if who is invited were no secret"))
+    return rows
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------
@@ -192,15 +229,19 @@ def _reply_bytes(setting: _Setting) -> tuple[int, int]:
     """Return the bytes of one client's answers to ``train`` and to ``evaluate`` (0: no client could)."""
     import numpy as np
 
+    from fedlearn.federation.messages import reply_numbers
     from fedlearn.flower.records import evaluate_reply_records, size_bytes, train_reply_records
 
     spec = setting.model.spec
-    train = size_bytes(train_reply_records(np.zeros(spec.size, dtype=spec.dtype), 1, 0.0))
+    numbers = dict.fromkeys(reply_numbers(setting.config), 0)
+    train = size_bytes(train_reply_records(np.zeros(spec.size, dtype=spec.dtype), numbers))
     if not setting.asks_clients or not setting.distribution.test:
         return train, 0
     own = setting.task.prepare(setting.distribution.client(0)).test
     names = _evaluated(setting, own)[1] if own is not None and len(own) else {}
-    return train, size_bytes(evaluate_reply_records(1, dict.fromkeys(names, 0.0))) if names else 0
+    if setting.config.privacy.unit != "none":
+        return train, size_bytes(evaluate_reply_records(dict.fromkeys(setting.task.metric_names, 0.0)))
+    return train, size_bytes(evaluate_reply_records({"num-examples": 1, **dict.fromkeys(names, 0.0)})) if names else 0
 
 
 # -- time --------------------------------------------------------------------------------------------------------
@@ -311,7 +352,7 @@ def _show(plan: Mapping[str, Any]) -> None:
         ("examples", f"a client: {spread('examples_per_client')}"),
         ("local steps", f"a client and round: {spread('local_steps_per_round')}"),
         ("measured by", _MEASURED_BY[plan["evaluation"]]),
-        ("epsilon", "infinite: privacy.unit = none promises nothing"),
+        *_promise_rows(plan),
     ]
     stdout = console()
     stdout.print()

@@ -54,8 +54,10 @@ def headline(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def _said(line: Mapping[str, Any]) -> list[str]:
-    """Return what was measured in a round, in words; the training loss where nothing was."""
-    measured = headline(line["metrics"]) or [("train loss", float(line["train_loss"]))]
+    """Return what was measured in a round, in words; the training loss where nothing was and it may be known."""
+    measured = headline(line["metrics"])
+    if not measured and line["train_loss"] is not None:
+        measured = [("train loss", float(line["train_loss"]))]
     return [f"{name} {number_text(value)}" for name, value in measured]
 
 

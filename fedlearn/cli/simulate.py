@@ -247,12 +247,12 @@ def _command(verb: str, folder: RunFolder) -> str:
 
 def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     """Write the table of a finished run, and what to do next."""
+    from fedlearn.cli.promise import promise_rows
     from fedlearn.cli.rendering import console, facts, task_text
 
     measured, lines = _measured(folder, summary), folder.metrics()
     rows = [*measured, *_costs(folder, summary), *_failed(folder, lines)]
-    if summary["privacy"]["unit"] == "none":
-        rows.append(("privacy", "none promised: epsilon is infinite (privacy.unit = none)"))
+    rows += promise_rows(summary["privacy"], summary["rounds"])
     rows.append(("files", f"{folder.path}{'/' if str(folder.path)[-1:] != '/' else ''}"))
     stdout = console()
     title = f"{task_text(summary['task'])}, seed {summary['seed']}"
@@ -261,7 +261,9 @@ def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     stdout.print("\nNext", style="bold")
     opener = "open" if sys.platform == "darwin" else "xdg-open"
     predict = _command("predict", folder) + ("" if _tested_centrally(summary, lines) else " --data FILE")
-    commands = (predict, f"{opener} {shlex.quote(str(folder.path / 'history.svg'))}")
+    commands = [predict, f"{opener} {shlex.quote(str(folder.path / 'history.svg'))}"]
+    if summary["privacy"]["unit"] != "none":
+        commands.append(_command("privacy show", folder))
     for command in commands:
         stdout.print(f"  {command}", soft_wrap=True)
 
@@ -276,7 +278,7 @@ def _measured(folder: RunFolder, summary: Mapping[str, Any]) -> list[tuple[str, 
     ordered = {**first, **metrics}
     rows = [(name.replace("_", " "), number_text(value)) for name, value in ordered.items()]
     if not rows:
-        losses = [line["train_loss"] for line in folder.metrics()[-1:]]
+        losses = [line["train_loss"] for line in folder.metrics()[-1:] if line["train_loss"] is not None]
         rows = [("train loss", f"{number_text(loss)} (the model was not tested)") for loss in losses]
     return rows
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,12 @@ from safetensors.numpy import save
 from fedlearn.algorithms import ServerState
 from fedlearn.errors import RunUnreadableError
 from fedlearn.files import write_atomic
+from fedlearn.privacy.ledger import Event, Head
+from fedlearn.privacy.mechanisms import MechanismState
 
 __all__ = ["RunState", "Totals", "load_checkpoint", "save_checkpoint"]
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +55,22 @@ class RunState:
         server: θ and the server optimiser's own vectors, in float64.
         totals: what it has cost.
         spec_sha256: the hash of the ``ParamSpec`` that θ is of.
+        mechanism: what the privacy mechanism keeps between rounds, where there is one.
+        last_round: the round in which each client was last invited, where that is enforced.
+        ledger: how far the run's ledger goes with ``pending``.
+        pending: lines of the ledger that belong to this state and may not be written yet; nothing of the state leaves
+            before they are.
+        unmeasured: the round's line of metrics so far, where its model is still to be measured by the clients.
     """
 
     server: ServerState
     totals: Totals
     spec_sha256: str = ""
+    mechanism: MechanismState | None = None
+    last_round: Mapping[int, int] = field(default_factory=dict)
+    ledger: Head = field(default_factory=Head)
+    pending: tuple[Event, ...] = ()
+    unmeasured: Mapping[str, Any] | None = None
 
     @property
     def round_number(self) -> int:
@@ -66,14 +80,22 @@ class RunState:
 
 def save_checkpoint(path: Path, state: RunState, config_sha256: str) -> None:
     """Write ``state`` to ``path``: one file, replaced as a whole."""
-    tensors = {"params": state.server.params}
+    tensors: dict[str, NDArray[Any]] = {"params": state.server.params}
     tensors.update((f"slot.{name}", slot) for name, slot in state.server.slots.items())
+    if state.mechanism is not None:
+        tensors.update((f"noise.{age}", each) for age, each in enumerate(state.mechanism.history))
+    if state.last_round:
+        tensors["last-round"] = np.array(sorted(state.last_round.items()), dtype=np.int64)
     metadata = {
         "version": _VERSION,
         "round": str(state.round_number),
         "totals": json.dumps(asdict(state.totals)),
         "config": config_sha256,
         "spec": state.spec_sha256,
+        "mechanism": json.dumps(None if state.mechanism is None else [state.mechanism.bound_l2, state.mechanism.rows]),
+        "ledger": json.dumps(asdict(state.ledger)),
+        "pending": json.dumps([asdict(event) for event in state.pending]),
+        "unmeasured": json.dumps(state.unmeasured),
         "tensors": _digest(tensors),
     }
     write_atomic(path, save(tensors, metadata))
@@ -104,10 +126,29 @@ def load_checkpoint(path: Path, config_sha256: str) -> RunState | None:
             raise RunUnreadableError(f"{path} was written by another configuration or version; start a new run")
         if metadata["tensors"] != _digest(tensors):
             raise RunUnreadableError(f"{path} is damaged (its numbers are not those that were saved); start a new run")
-        params = tensors.pop("params").astype(np.float64)
-        slots = {name.removeprefix("slot."): tensor for name, tensor in tensors.items()}
-        server = ServerState(params=params, slots=slots, round_number=int(metadata["round"]))
-        totals = Totals(**json.loads(metadata["totals"]))
-        return RunState(server=server, totals=totals, spec_sha256=metadata["spec"])
+        return _state(tensors, metadata)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RunUnreadableError(f"{path} is damaged ({type(error).__name__}); start a new run") from error
+
+
+def _state(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> RunState:
+    """Return the state that a checkpoint's arrays and texts describe."""
+    slots = {name.removeprefix("slot."): each for name, each in tensors.items() if name.startswith("slot.")}
+    params = tensors["params"].astype(np.float64)
+    mechanism = json.loads(metadata["mechanism"])
+    if mechanism is not None:
+        bound_l2, rows = mechanism
+        ages = range(sum(name.startswith("noise.") for name in tensors))
+        history = tuple(tensors[f"noise.{age}"] for age in ages)
+        mechanism = MechanismState(bound_l2=bound_l2, rows=rows, history=history)
+    last = tensors.get("last-round")
+    return RunState(
+        server=ServerState(params=params, slots=slots, round_number=int(metadata["round"])),
+        totals=Totals(**json.loads(metadata["totals"])),
+        spec_sha256=metadata["spec"],
+        mechanism=mechanism,
+        last_round={} if last is None else {int(client): int(number) for client, number in last},
+        ledger=Head(**json.loads(metadata["ledger"])),
+        pending=tuple(Event(**each) for each in json.loads(metadata["pending"])),
+        unmeasured=json.loads(metadata["unmeasured"]),
+    )

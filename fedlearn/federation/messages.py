@@ -14,6 +14,7 @@ import numpy as np
 from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.config import RunConfig
 from fedlearn.errors import ConfigError, ReplyError
+from fedlearn.privacy.clipping import ClippedUpdate, Update
 
 __all__ = [
     "EvaluateReply",
@@ -26,6 +27,7 @@ __all__ = [
     "TrainReply",
     "check_evaluate_reply",
     "check_train_reply",
+    "reply_numbers",
 ]
 
 
@@ -35,10 +37,12 @@ class FailureCode(StrEnum):
     BAD_DATA = "bad-data"  # the client's own data holds NaN or infinity
     BAD_REPLY = "bad-reply"  # wrong keys, shape, type or count
     BAD_REQUEST = "bad-request"  # the client could not read what it was sent
+    BUDGET_SPENT = "budget-spent"  # the client's own ledger permits no further release
     LOST = "lost"  # the runtime reported that the client's process or node is gone
     MODEL_MISMATCH = "model-mismatch"  # the client's model has other entries than the server's
     NO_DATA = "no-data"  # the client holds no examples for what was asked
     NO_REPLY = "no-reply"  # nothing came before the deadline
+    NOT_CLIPPED = "not-clipped"  # the update is longer than the round's clipping norm
     NOT_FINITE = "not-finite"  # NaN or infinity
     REFUSED = "refused"  # the data owner does not permit it
     TRAINING_FAILED = "training-failed"  # the client's code raised; the text is in the client's own log
@@ -54,6 +58,7 @@ class RoundPlan:
         attempt: which try of this round, counted from 1.
         proximal_mu: FedProx's μ, 0 for none.
         spec_sha256: the hash of the model's ``ParamSpec``; the client compares it with its own model's.
+        bound_l2: the clipping norm of this round's updates; ``None`` where they are not clipped.
     """
 
     config: RunConfig
@@ -61,6 +66,7 @@ class RoundPlan:
     attempt: int
     proximal_mu: float
     spec_sha256: str
+    bound_l2: float | None = None
 
     @property
     def group(self) -> str:
@@ -84,6 +90,7 @@ class RoundPlan:
             "attempt": self.attempt,
             "proximal-mu": self.proximal_mu,
             "spec": self.spec_sha256,
+            "bound-l2": self.bound_l2,
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
@@ -102,6 +109,7 @@ class RoundPlan:
                 attempt=int(body["attempt"]),
                 proximal_mu=float(body["proximal-mu"]),
                 spec_sha256=str(body["spec"]),
+                bound_l2=None if body["bound-l2"] is None else float(body["bound-l2"]),
             )
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigError) as error:
             raise ReplyError(FailureCode.BAD_REQUEST, "the round's plan is not readable") from error
@@ -123,23 +131,29 @@ class TrainReply:
 
     Attributes:
         client: who answered.
-        vector: its update, shape (d,), finite, in the spec's type.
+        update: its update, shape (d,), finite, in the spec's type; clipped where the round has a clipping norm.
         weight: what it counts in the mean: 1, or its number of examples up to the cap.
-        mean_loss: its mean training loss.
+        mean_loss: its mean training loss, or ``None`` where privacy is promised: un-noised, it does not leave.
         upload_bytes: size of the answer's records; ``download_bytes`` of the request's.
     """
 
     client: int
-    vector: Vector
+    update: Update | ClippedUpdate
     weight: int
-    mean_loss: float
+    mean_loss: float | None
     upload_bytes: int
     download_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateReply:
-    """A checked answer to ``evaluate``: sums over the client's own test examples."""
+    """A checked answer to ``evaluate``.
+
+    Attributes:
+        client: who answered.
+        num_examples: how many test examples it has; 1 where clients are hidden, for whom a mean is all that leaves.
+        sums: each metric summed over them.
+    """
 
     client: int
     num_examples: int
@@ -193,21 +207,52 @@ def check_train_reply(
     Raises:
         ReplyError: with the code ``bad-reply`` or ``not-finite``.
     """
-    if set(vectors) != {"update"} or set(numbers) != {"num-examples", "loss"}:
-        raise ReplyError(FailureCode.BAD_REPLY, "a train reply carries update, num-examples and loss, nothing else")
-    weight = _count(numbers["num-examples"], plan.weight_cap())
-    loss = _finite("loss", numbers["loss"])
+    if set(vectors) != {"update"}:
+        raise ReplyError(FailureCode.BAD_REPLY, "a train reply carries one array, update, nothing else")
     vector = spec.check(vectors["update"])
     if np.abs(vector).max(initial=0.0) > _LARGEST:
         raise ReplyError(FailureCode.NOT_FINITE, "the vector holds numbers of which a weighted sum may overflow")
+    update, weight, loss = _counted(vector, numbers, plan, spec)
     return TrainReply(
         client=client,
-        vector=vector,
+        update=update,
         weight=weight,
         mean_loss=loss,
         upload_bytes=upload_bytes,
         download_bytes=download_bytes,
     )
+
+
+def _counted(
+    vector: Vector, numbers: Mapping[str, object], plan: RoundPlan, spec: ParamSpec
+) -> tuple[Update | ClippedUpdate, int, float | None]:
+    """Return the update, what it counts, and the training loss where it may be known."""
+    privacy = plan.config.privacy
+    if set(numbers) != reply_numbers(plan.config):
+        expected = ", ".join(sorted(reply_numbers(plan.config))) or "no number"
+        raise ReplyError(FailureCode.BAD_REPLY, f"beside its update, a train reply of this run carries {expected}")
+    if privacy.unit == "none":
+        count = _count(numbers["num-examples"], plan.weight_cap())
+        return Update(vector), count, _finite("loss", numbers["loss"])
+    if vector[spec.trainable_size :].any():
+        reason = "only what is trained by gradient may move under privacy; a buffer or frozen entry did"
+        raise ReplyError(FailureCode.BAD_REPLY, reason)
+    if plan.bound_l2 is None:
+        return Update(vector), 1, None
+    within = numbers.get("within-bound", 1)
+    if within not in (0, 1) or isinstance(within, bool):
+        raise ReplyError(FailureCode.BAD_REPLY, "within-bound must be 0 or 1")
+    return ClippedUpdate.received(vector, plan.bound_l2, within=within == 1), 1, None
+
+
+def reply_numbers(config: RunConfig) -> set[str]:
+    """Return the names of the numbers that leave a client beside its update: none where privacy is promised.
+
+    Under adaptive clipping one bit leaves it, which the server adds up with noise and accounts for.
+    """
+    if config.privacy.unit == "none":
+        return {"num-examples", "loss"}
+    return {"within-bound"} if config.privacy.adaptive_clipping else set()
 
 
 def check_evaluate_reply(
@@ -218,6 +263,8 @@ def check_evaluate_reply(
     Raises:
         ReplyError: with the code ``bad-reply`` or ``not-finite``.
     """
+    if plan.config.privacy.unit != "none":
+        return _check_private_evaluation(client, numbers, upload_bytes=upload_bytes, download_bytes=download_bytes)
     sums = {name: value for name, value in numbers.items() if name != "num-examples"}
     if "num-examples" not in numbers or "loss" not in sums or len(sums) > _MOST_METRICS:
         raise ReplyError(FailureCode.BAD_REPLY, "an evaluate reply carries num-examples, loss and a few metrics")
@@ -229,6 +276,18 @@ def check_evaluate_reply(
         sums={name: _finite(name, value) for name, value in sums.items()},
         upload_bytes=upload_bytes,
         download_bytes=download_bytes,
+    )
+
+
+def _check_private_evaluation(
+    client: int, numbers: Mapping[str, object], *, upload_bytes: int, download_bytes: int
+) -> EvaluateReply:
+    """Return a client's mean metrics, each in [0, 1], without the number of examples they are means of."""
+    means = {name: _finite(name, value) for name, value in numbers.items()}
+    if not means or len(means) > _MOST_METRICS or not all(0 <= value <= 1 for value in means.values()):
+        raise ReplyError(FailureCode.BAD_REPLY, "an evaluate reply carries mean metrics in [0, 1], nothing else")
+    return EvaluateReply(
+        client=client, num_examples=1, sums=means, upload_bytes=upload_bytes, download_bytes=download_bytes
     )
 
 

@@ -7,6 +7,7 @@ is ``fedlearn.learning.train`` at each client; the other five are methods of ``F
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +21,16 @@ from fedlearn.algorithms import Algorithm, ServerState, build_algorithm
 from fedlearn.config import RunConfig
 from fedlearn.errors import ConfigError, RoundFailedError, RunFailedError, RunUnreadableError, TaskError, UsageError
 from fedlearn.federation.checkpoint import RunState, Totals
-from fedlearn.federation.messages import EvaluateReply, Failure, Network, Reply, Request, RoundPlan, TrainReply
+from fedlearn.federation.estimation import PrivateMean, Realised, Tally
+from fedlearn.federation.journal import RunJournal
+from fedlearn.federation.messages import EvaluateReply, Failure, FailureCode, Network, Reply, Request, RoundPlan
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.learning import Examples, FlatModel, Task, build_flat_model, computing, evaluate
 from fedlearn.learning.task import task_code
-from fedlearn.privacy.sampling import Draw, draw_cohort
+from fedlearn.learning.validators import check_private
+from fedlearn.privacy.noise import Noise
+from fedlearn.privacy.releases import Release
+from fedlearn.privacy.sampling import Draw
 from fedlearn.sources import Clock, SeedTree
 
 __all__ = ["Federation", "Observer", "SilentObserver", "Validation", "asks_clients", "central_test"]
@@ -50,32 +56,6 @@ class SilentObserver:
         """Do nothing."""
 
 
-@dataclass
-class _Tally:
-    """What came back of one try of a round; holds one vector, however many clients answer."""
-
-    total: NDArray[np.float64]
-    cohort: int
-    weight: int = 0
-    loss: float = 0.0
-    respondents: int = 0
-    failures: dict[int, Failure] = field(default_factory=dict)
-    upload_bytes: int = 0
-    download_bytes: int = 0
-
-    def add(self, reply: Reply) -> None:
-        """Count one reply; an update goes into the sum, in float64, and is forgotten."""
-        self.upload_bytes += reply.upload_bytes
-        self.download_bytes += reply.download_bytes
-        if isinstance(reply, Failure):
-            self.failures[reply.client] = reply
-        elif isinstance(reply, TrainReply):
-            self.total += reply.vector.astype(np.float64) * reply.weight
-            self.weight += reply.weight
-            self.loss += reply.mean_loss * reply.weight
-            self.respondents += 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """What was measured of a model.
@@ -85,12 +65,14 @@ class Validation:
         totals: the run's totals with what measuring cost.
         federated_metrics: the clients', where both were asked for.
         failures: the clients that could not say.
+        release: what the ledger says of it, where clients are hidden and measured it.
     """
 
     metrics: Mapping[str, float]
     totals: Totals
     federated_metrics: Mapping[str, float] = field(default_factory=dict)
     failures: Mapping[int, Failure] = field(default_factory=dict)
+    release: Release | None = None
 
 
 class Federation:
@@ -103,6 +85,7 @@ class Federation:
         folder: where the run is kept.
         clock: what time is measured with.
         observer: who watches.
+        noise: where a privacy mechanism's noise and secret draws come from.
     """
 
     def __init__(
@@ -114,6 +97,7 @@ class Federation:
         *,
         clock: Clock,
         observer: Observer,
+        noise: Noise,
     ) -> None:
         self.config, self.task, self.network, self.folder = config, task, network, folder
         self.clock, self.observer = clock, observer
@@ -125,9 +109,14 @@ class Federation:
         )
         self.model: FlatModel = build_flat_model(task, self.seeds.child("initialise"))
         self.test = central_test(task, config)
+        if config.privacy.unit != "none":
+            check_private(self.model.module, unit=config.privacy.unit)
+        self.journal = RunJournal(folder.path, config, self.model.spec, noise=noise, evaluated=self._evaluated_rounds())
+        self.estimator = self.journal.estimator
+        self._silent_rounds = 0
 
     def run(self) -> RunState:
-        """Go from the last kept round to the end and return the final state.
+        """Go from the last kept round to the end, or to where the privacy budget ends, and return the final state.
 
         Raises:
             RoundFailedError: a round stayed below ``min-respondents``; earlier rounds are kept.
@@ -135,15 +124,22 @@ class Federation:
             RunFailedError: the model diverged, or the folder cannot be written.
             RunUnreadableError: what was kept is damaged, or of another model than the task's.
         """
-        state = self.folder.load_state() or self.initialise()
+        kept = self.folder.load_state()
+        state = self.initialise() if kept is None else kept
         if state.spec_sha256 != self.model.spec.sha256:
             raise RunUnreadableError(
                 f"{self.folder.path} was begun with another model than the task builds now (of "
                 f"{state.server.params.size:,} and {self.model.spec.size:,} numbers). Put the task back as it was, or "
                 "start a new run"
             )
-        while state.round_number < self.config.federation.rounds:
-            state = self._round(state)
+        self.journal.open(kept)
+        while state.round_number < self.config.federation.rounds or state.unmeasured is not None:
+            if state.unmeasured is None:
+                if self.journal.is_spent(state):
+                    break
+                state = self._train_round(state)
+            state = self._measure_round(state)
+        self.journal.close(state)
         return state
 
     # -- the steps ---------------------------------------------------------------------------------------------
@@ -151,7 +147,9 @@ class Federation:
     def initialise(self) -> RunState:
         """Set θ to the task's own initial parameters, under the run's seed."""
         server = self.algorithm.init(self.model.vector().astype(np.float64))
-        return RunState(server=server, totals=Totals(), spec_sha256=self.model.spec.sha256)
+        return RunState(
+            server=server, totals=Totals(), spec_sha256=self.model.spec.sha256, mechanism=self.estimator.init()
+        )
 
     def distribute_model(self, kind: Any, draw: Draw, plan: RoundPlan, parameters: NDArray[Any]) -> list[Request]:
         """Address one request with the model to every client of the cohort."""
@@ -164,13 +162,13 @@ class Federation:
             yield reply
             self.observer.replied(plan.round_number, done, len(requests))
 
-    def update(self, state: RunState, tally: _Tally) -> RunState:
+    def update(self, state: RunState, mean: NDArray[np.float64]) -> RunState:
         """Let the algorithm move θ by the mean update.
 
         Places that no gradient trains (BatchNorm's running mean, a frozen layer) take the plain mean whatever the
         algorithm: an adaptive step could make a variance negative.
         """
-        old, mean = state.server.params, tally.total / tally.weight
+        old = state.server.params
         new = self.algorithm.aggregate(state.server, mean)
         if not isinstance(new, ServerState) or new.params.shape != old.shape:
             raise UsageError(
@@ -197,7 +195,7 @@ class Federation:
             with task_code(self.task, "loss or metrics"):
                 central = evaluate(self.model, self.task, parameters, self.test, seeds=seeds).means()
             self._check_finite(central, state.round_number)
-        if not asks_clients(self.config, self.test):
+        if not self._asks_clients:
             return Validation(metrics=central, totals=state.totals)
         at_clients = self._validate_at_clients(state, parameters)
         if not central:
@@ -217,69 +215,124 @@ class Federation:
 
     # -- their composition -------------------------------------------------------------------------------------
 
-    def _round(self, state: RunState) -> RunState:
-        """Take one round: invite, train, sum, update, validate, keep."""
-        started = self.clock.monotonic()
+    def _train_round(self, state: RunState) -> RunState:
+        """Take the first half of a round: invite, train, sum, update, and note in the ledger what will leave."""
+        started, before = self.clock.monotonic(), state.totals
         number = state.round_number + 1
-        tries, totals = self._train_until_enough(number, state)
-        tally, before = tries[-1], state.totals
-        state = self.update(replace(state, totals=totals), tally)
-        measured = Validation(metrics={}, totals=state.totals)
-        if number % self.config.federation.evaluate_every == 0 or number == self.config.federation.rounds:
-            measured = self.validate(state)
-        totals = measured.totals.plus(wall_s=self.clock.monotonic() - started)
+        tries, state = self._train_until_enough(number, state)
+        tally, parameters = tries[-1], self._parameters(state)
+        estimate = self.estimator.estimate(tally, state)
+        state = self.update(replace(state, mechanism=estimate.mechanism), estimate.mean)
+        state = replace(state, totals=state.totals.plus(wall_s=self.clock.monotonic() - started))
+        realised = Realised.of(tally)
         line = {
             "round": number,
             "attempt": len(tries),
             "cohort": tally.cohort,
             "respondents": tally.respondents,
+            "realised_salt": realised.salt,
             "failures": _codes(tally.failures),
-            "train_loss": tally.loss / tally.weight,
-            "metrics": measured.metrics,
-            "wall_s": round(totals.wall_s - before.wall_s, 6),
-            "upload_bytes": totals.upload_bytes - before.upload_bytes,
-            "download_bytes": totals.download_bytes - before.download_bytes,
+            "train_loss": None if self.config.privacy.unit != "none" else tally.loss / tally.weight,
+            "wall_s": round(state.totals.wall_s - before.wall_s, 6),
+            "upload_bytes": state.totals.upload_bytes - before.upload_bytes,
+            "download_bytes": state.totals.download_bytes - before.download_bytes,
         }
         if len(tries) > 1:
             line["earlier_failures"] = [_codes(each.failures) for each in tries[:-1]]
+        evidence = {
+            "model-before": _sha256(parameters),
+            "model-after": _sha256(self._parameters(state)),
+            "realised": realised.commitment,
+            "time": self.clock.utc(),
+        }
+        release = replace(estimate.release, evidence=evidence)
+        state = self.journal.noted(replace(state, unmeasured=line), "round.release", release)
+        if self._is_measured(number) and self._asks_clients:  # the new model leaves to be measured
+            self.folder.save_state(state)
+            self.journal.commit(state)
+        return state
+
+    def _measure_round(self, state: RunState) -> RunState:
+        """Take the second half of a round: validate, and keep it."""
+        started, number = self.clock.monotonic(), state.round_number
+        measured = Validation(metrics={}, totals=state.totals)
+        if self._is_measured(number):
+            measured = self.validate(state)
+        elapsed_s = self.clock.monotonic() - started
+        totals, before = measured.totals.plus(wall_s=elapsed_s), state.totals
+        trained = state.unmeasured or {}
+        line = {
+            **trained,
+            "metrics": measured.metrics,
+            "wall_s": round(trained["wall_s"] + elapsed_s, 6),
+            "upload_bytes": trained["upload_bytes"] + totals.upload_bytes - before.upload_bytes,
+            "download_bytes": trained["download_bytes"] + totals.download_bytes - before.download_bytes,
+        }
         if measured.federated_metrics:
             line["federated_metrics"] = measured.federated_metrics
         if measured.failures:
             line["evaluation_failures"] = _codes(measured.failures)
-        state = replace(state, totals=totals)
+        state = replace(state, totals=totals, unmeasured=None)
+        if measured.release is not None:
+            release = replace(measured.release, evidence={"time": self.clock.utc()})
+            state = self.journal.noted(state, "eval.release", release)
         self.folder.save_round(line, state)
+        self.journal.commit(state)
         self.observer.finished_round(line)
         return state
 
-    def _train_until_enough(self, number: int, state: RunState) -> tuple[list[_Tally], Totals]:
+    def _train_until_enough(self, number: int, state: RunState) -> tuple[list[Tally], RunState]:
         """Try the round with fresh cohorts until enough clients answered; return every try, and what all cost."""
-        federation, totals = self.config.federation, state.totals
-        tries: list[_Tally] = []
+        federation, tries = self.config.federation, list[Tally]()
         for attempt in range(1, federation.round_tries + 1):
-            draw = self._draw("cohort", number, attempt)
-            plan = self._plan(number, attempt)
+            draw = self._draw("cohort", number, attempt, state)
+            plan = self._plan(number, attempt, state)
             requests = self.distribute_model("train", draw, plan, self._parameters(state))
-            tally = _Tally(np.zeros(self.model.spec.size), cohort=len(draw.cohort))
+            tally = self.estimator.tally(draw, state)
             for reply in self.communicate(requests, plan):
                 tally.add(reply)
-            totals = totals.plus(
+            totals = state.totals.plus(
                 client_updates=tally.respondents,
                 upload_bytes=tally.upload_bytes,
                 download_bytes=tally.download_bytes,
             )
+            state = replace(state, totals=totals, last_round=self._last_round(state, draw, number))
             tries.append(tally)
+            if not self.estimator.retries:
+                self._check_somebody(number, tally)
+                return tries, state
             if tally.respondents >= federation.min_respondents:
-                return tries, totals
-            tally.total = np.zeros(0)
+                return tries, state
+            tally.forget()
         raise RoundFailedError(self._too_few(number, tries[-1]), number, _codes(tries[-1].failures))
 
-    def _too_few(self, number: int, tally: _Tally) -> str:
+    def _last_round(self, state: RunState, draw: Draw, number: int) -> Mapping[int, int]:
+        """Return in which round each client was last invited, where the draw depends on it."""
+        if draw.method != "separated":
+            return state.last_round
+        return {**state.last_round, **dict.fromkeys(draw.cohort, number)}
+
+    def _check_somebody(self, number: int, tally: Tally) -> None:
+        """Count rounds in which clients were invited and none answered; a few in a row mean that none ever will.
+
+        No single round is judged by who answered: that would tell something of a secret cohort.
+        """
+        self._silent_rounds = 0 if tally.respondents or not tally.cohort else self._silent_rounds + 1
+        if self._silent_rounds >= self.config.federation.round_tries:
+            raise RoundFailedError(self._too_few(number, tally), number, _codes(tally.failures))
+
+    def _too_few(self, number: int, tally: Tally) -> str:
         """Say why a round failed and what to do."""
         counts: dict[str, int] = {}
         for failure in tally.failures.values():
             counts[str(failure.code)] = counts.get(str(failure.code), 0) + 1
         reasons = ", ".join(f"{count} {code}" for code, count in sorted(counts.items()))
         federation = self.config.federation
+        if not self.estimator.retries:
+            return (
+                f"round {number}: no client answered in {federation.round_tries} rounds in a row (last round: "
+                f"{reasons}). {self._kept(number)} Look into the clients' logs"
+            )
         return (
             f"round {number}: {tally.respondents} clients answered, {federation.min_respondents} are needed, in each "
             f"of {federation.round_tries} tries (last try: {reasons}). {self._kept(number)} "
@@ -293,10 +346,10 @@ class Federation:
         return f"The model of round {number - 1} is kept in {self.folder.path}."
 
     def _validate_at_clients(self, state: RunState, parameters: NDArray[Any]) -> Validation:
-        """Measure at the clients: the mean over all their examples, and over each client's mean (``…_client_mean``)."""
-        plan = self._plan(state.round_number, 1)
-        draw = self._draw("evaluate", state.round_number, 1)
-        means: dict[str, list[tuple[float, int]]] = {}
+        """Measure at the clients; where they are hidden, the result is noised and is a release."""
+        plan = self._plan(state.round_number, 1, state)
+        draw = self._draw("evaluate", state.round_number, 1, state)
+        answers: list[EvaluateReply] = []
         failures: dict[int, Failure] = {}
         totals = state.totals
         for reply in self.communicate(self.distribute_model("evaluate", draw, plan, parameters), plan):
@@ -304,20 +357,38 @@ class Federation:
             if isinstance(reply, Failure):
                 failures[reply.client] = reply
             elif isinstance(reply, EvaluateReply):
-                for name, value in reply.sums.items():
-                    means.setdefault(name, []).append((value, reply.num_examples))
-        metrics = {name: sum(v for v, _ in each) / sum(n for _, n in each) for name, each in means.items()}
-        metrics.update((f"{name}_client_mean", sum(v / n for v, n in each) / len(each)) for name, each in means.items())
-        return Validation(metrics=metrics, totals=totals, failures=failures)
+                answers.append(reply)
+        if not isinstance(self.estimator, PrivateMean):
+            return Validation(metrics=_means(answers), totals=totals, failures=failures)
+        names = tuple(self.task.metric_names)
+        strangers = [each for each in answers if set(each.sums) != set(names)]
+        failures.update({each.client: Failure(client=each.client, code=FailureCode.BAD_REPLY) for each in strangers})
+        known = [each for each in answers if each.client not in failures]
+        metrics, release = self.estimator.evaluation(known, draw, names, state.round_number)
+        return Validation(metrics=metrics, totals=totals, failures=failures, release=release)
 
-    def _draw(self, purpose: str, number: int, attempt: int) -> Draw:
+    def _draw(self, purpose: str, number: int, attempt: int, state: RunState) -> Draw:
         """Draw a cohort from the clients that are there."""
         federation = self.config.federation
-        size = federation.cohort
-        there = self.network.clients(size, federation.round_timeout_s)
-        return draw_cohort(there, size, self.seeds.child(purpose, number, attempt))
+        there = self.network.clients(federation.cohort, federation.round_timeout_s)
+        return self.estimator.draw(there, purpose, number, attempt, state)
 
-    def _plan(self, number: int, attempt: int) -> RoundPlan:
+    def _is_measured(self, number: int) -> bool:
+        """Return whether the model is measured after this round: after every so many, and after the last."""
+        federation = self.config.federation
+        return number % federation.evaluate_every == 0 or number == federation.rounds
+
+    @property
+    def _asks_clients(self) -> bool:
+        """Whether clients measure the model."""
+        return asks_clients(self.config, self.test)
+
+    def _evaluated_rounds(self) -> list[int]:
+        """Return the rounds after which clients measure the model."""
+        rounds = range(1, self.config.federation.rounds + 1)
+        return [number for number in rounds if self._is_measured(number)] if self._asks_clients else []
+
+    def _plan(self, number: int, attempt: int, state: RunState) -> RoundPlan:
         """Return what the clients of this try are told."""
         return RoundPlan(
             config=self.config,
@@ -325,6 +396,7 @@ class Federation:
             attempt=attempt,
             proximal_mu=self.algorithm.proximal_mu,
             spec_sha256=self.model.spec.sha256,
+            bound_l2=self.estimator.bound_l2(state),
         )
 
     def _parameters(self, state: RunState) -> NDArray[Any]:
@@ -351,11 +423,32 @@ def central_test(task: Task, config: RunConfig) -> Examples | None:
 
 
 def asks_clients(config: RunConfig, test: Examples | None) -> bool:
-    """Return whether clients validate: where they are asked to, or where nobody else could."""
+    """Return whether clients validate: where they are asked to, or where nobody else could.
+
+    Where privacy is promised they are not asked unless the scenario says so: what they measure is a release.
+    """
     wanted = config.federation.evaluation
+    if config.privacy.unit != "none":
+        return wanted in ("federated", "both")
     return wanted in ("federated", "both") or (wanted == "auto" and test is None)
+
+
+def _means(replies: Sequence[EvaluateReply]) -> dict[str, float]:
+    """Return each metric's mean over all examples, and over each client's mean (``…_client_mean``)."""
+    sums: dict[str, list[tuple[float, int]]] = {}
+    for reply in replies:
+        for name, value in reply.sums.items():
+            sums.setdefault(name, []).append((value, reply.num_examples))
+    means = {name: sum(v for v, _ in each) / sum(n for _, n in each) for name, each in sums.items()}
+    means.update((f"{name}_client_mean", sum(v / n for v, n in each) / len(each)) for name, each in sums.items())
+    return means
 
 
 def _codes(failures: Mapping[int, Failure]) -> dict[str, str]:
     """Return client to failure code, in the clients' order, as it is written down."""
     return {str(client): str(failure.code) for client, failure in sorted(failures.items())}
+
+
+def _sha256(parameters: NDArray[Any]) -> str:
+    """Return the hash of a model as it is sent."""
+    return hashlib.sha256(np.ascontiguousarray(parameters).tobytes()).hexdigest()

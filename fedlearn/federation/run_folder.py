@@ -105,6 +105,8 @@ class RunFolder:
         """Return the last state that was saved, and forget metrics of rounds after it (they will come again)."""
         state = load_checkpoint(self._checkpoint, self.config.sha256())
         done = state.round_number if state else 0
+        if state is not None and state.unmeasured is not None:
+            done -= 1
         lines = [line for line in self.metrics() if line["round"] <= done]
         text = "".join(_dump(line) for line in lines)
         write_atomic(self.path / "metrics.jsonl", text.encode())
@@ -113,7 +115,6 @@ class RunFolder:
     def save_round(self, line: Mapping[str, Any], state: RunState) -> None:
         """Keep a finished round: first its line of metrics, then the state that makes it count."""
         try:
-            self._checkpoint.parent.mkdir(exist_ok=True)
             with (self.path / "metrics.jsonl").open("a") as handle:
                 handle.write(_dump(line))
                 handle.flush()
@@ -122,6 +123,11 @@ class RunFolder:
             raise RunFailedError(
                 f"cannot write {self.path}/metrics.jsonl: {error.strerror}; make room or give access"
             ) from error
+        self.save_state(state)
+
+    def save_state(self, state: RunState) -> None:
+        """Keep the state, in the middle of a round too."""
+        self._checkpoint.parent.mkdir(exist_ok=True)
         save_checkpoint(self._checkpoint, state, self.config.sha256())
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -165,7 +171,9 @@ def series(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, lis
     """Return the rounds and, by name, one value a round (``None`` where it was not measured)."""
     rounds = [int(line["round"]) for line in lines]
     names = list(dict.fromkeys(name for line in lines for name in line["metrics"]))  # in the task's order
-    columns: dict[str, list[float | None]] = {"train loss": [line.get("train_loss") for line in lines]}
+    losses = [line.get("train_loss") for line in lines]
+    hidden = bool(losses) and all(loss is None for loss in losses)  # where privacy is promised nobody tells it
+    columns: dict[str, list[float | None]] = {} if hidden else {"train loss": losses}
     for name in names:
         columns[name] = [line["metrics"].get(name) for line in lines]
     return rounds, columns

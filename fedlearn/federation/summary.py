@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,8 +13,12 @@ from safetensors.torch import save
 
 from fedlearn.charts import draw_history
 from fedlearn.federation.checkpoint import RunState
+from fedlearn.federation.journal import earlier_releases
 from fedlearn.federation.run_folder import RunFolder, series
 from fedlearn.learning import FlatModel
+from fedlearn.privacy.accounting import epsilon
+from fedlearn.privacy.ledger import Head, read_events, releases_of
+from fedlearn.privacy.releases import read_number
 
 __all__ = ["finish", "versions"]
 
@@ -50,11 +55,41 @@ def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, An
         "model_sha256": hashlib.sha256(data).hexdigest(),
         "config_sha256": config.sha256(),
         "seed": config.seed,
-        "privacy": {"unit": config.privacy.unit, "epsilon": "inf"},
+        "privacy": _privacy(folder),
         "versions": versions(),
     }
     folder.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def _privacy(folder: RunFolder) -> dict[str, Any]:
+    """Return what was promised and what was spent, as the run's ledger says.
+
+    Under ``example`` every client accounts for itself; the largest epsilon of the simulated clients' own ledgers is
+    given, and infinity where there are none to be read.
+    """
+    privacy = folder.config.privacy
+    events = read_events(folder.path / "ledger.jsonl")
+    head, last = Head.of(events), events[-1]
+    said: dict[str, Any] = {"unit": privacy.unit, "trust": privacy.trust, "epsilon": "inf"}
+    if privacy.unit == "client":
+        policy = events[0].body
+        delta = read_number(policy["delta"])
+        releases = [*earlier_releases(folder.config), *releases_of(events)]
+        said["delta"] = delta
+        said["epsilon"] = _finite_or_inf(epsilon(releases, delta, unit="client"))
+        said["noise_multiplier"] = read_number(policy["noise-multiplier"])
+    if privacy.unit != "none":
+        said["budget"] = privacy.budget
+        said["simulated"] = bool(events[0].body["simulated"])
+    if last.kind == "run.close" and last.body["reason"] != "finished":
+        said["stopped"] = last.body["reason"]
+    return {**said, "ledger": {"lines": head.count, "sha256": head.sha256}}
+
+
+def _finite_or_inf(value: float) -> float | str:
+    """Return a number as JSON has it; JSON has no infinity."""
+    return value if math.isfinite(value) else "inf"
 
 
 def versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from fedlearn.config import RunConfig
 from fedlearn.data.loaders import Distribution, distribute_data
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
+from fedlearn.federation.policy import clipped_update, evaluation_numbers, training_numbers
 from fedlearn.flower.records import evaluate_reply_records, read_vector, refusal, train_reply_records
 from fedlearn.learning import ClientData, build_flat_model, computing, evaluate, train
 from fedlearn.sources import SeedTree
@@ -99,18 +100,26 @@ def _train(message: Message, context: Context) -> RecordDict:
     examples = site.data(context).train
     if len(examples) == 0:
         raise ReplyError(FailureCode.NO_DATA, "no training examples")
-    update = train(
+    seeds = site.seeds.child("round", plan.round_number, "client", _client_id(context))
+    if plan.config.privacy.unit == "example":
+        return train_reply_records(_train_privately(site, plan, received, examples, context), {})
+    trained = train(
         site.model,
         site.task,
         received,
         examples,
         plan.config.training,
         proximal_mu=plan.proximal_mu,
-        seeds=site.seeds.child("round", plan.round_number, "client", _client_id(context)),
+        seeds=seeds,
     )
-    if not np.isfinite(update.vector).all() or not np.isfinite(update.mean_loss):
+    if plan.config.privacy.unit == "client":
+        clipped = clipped_update(plan, trained, site.model.spec)
+        if not clipped.finite:
+            log.warning("client %s: local training diverged; a zero update was sent", _client_id(context))
+        return train_reply_records(clipped.vector, training_numbers(plan, trained, clipped))
+    if not np.isfinite(trained.update.vector).all() or not np.isfinite(trained.mean_loss):
         raise ReplyError(FailureCode.NOT_FINITE, "local training diverged; a lower learning rate may help")
-    return train_reply_records(update.vector, min(update.num_examples, plan.weight_cap()), update.mean_loss)
+    return train_reply_records(trained.update.vector, training_numbers(plan, trained, None))
 
 
 def _evaluate(message: Message, context: Context) -> RecordDict:
@@ -121,8 +130,7 @@ def _evaluate(message: Message, context: Context) -> RecordDict:
         raise ReplyError(FailureCode.NO_DATA, "no test examples")
     seeds = site.seeds.child("evaluate", plan.round_number, "client", _client_id(context))
     evaluation = evaluate(site.model, site.task, parameters, examples, seeds=seeds)
-    count = min(evaluation.num_examples, plan.config.training.max_examples)
-    return evaluate_reply_records(count, {name: mean * count for name, mean in evaluation.means().items()})
+    return evaluate_reply_records(evaluation_numbers(plan, evaluation, tuple(site.task.metric_names)))
 
 
 def _identify(message: Message, context: Context) -> RecordDict:

@@ -11,7 +11,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Protocol
@@ -61,6 +61,7 @@ class LocalGrid(Grid):
         workers: 0 to answer in this process, N for as many forked processes (never more than there are clients).
         faults: which messages are never answered.
         clock: what deadlines are measured with.
+        node_config: what every node is configured with, beside its partition.
 
     A client that raises becomes an error reply of Flower's own kind, with the type of the exception and not its
     text.
@@ -87,8 +88,10 @@ class LocalGrid(Grid):
         workers: int = 0,
         faults: Faults | None = None,
         clock: Clock | None = None,
+        node_config: Mapping[str, str | float] | None = None,
     ) -> None:
         self._client_app = client_app
+        self._node_config = dict(node_config or {})
         self._clients = clients
         self._faults = faults or NoFaults()
         self._clock = clock or SystemClock()
@@ -223,7 +226,7 @@ class LocalGrid(Grid):
     def _context(self, message: Message) -> Context:
         """Return the context of a node: which partition it holds, and what it kept from earlier messages."""
         node = message.metadata.dst_node_id
-        node_config: UserConfig = {"partition-id": node - 1, "num-partitions": self._clients}
+        node_config: UserConfig = {**self._node_config, "partition-id": node - 1, "num-partitions": self._clients}
         state = self._states.get(node) or RecordDict()
         return Context(run_id=self._run.run_id, node_id=node, node_config=node_config, state=state, run_config={})
 

@@ -15,7 +15,7 @@ from fedlearn.federation.messages import Failure, FailureCode, Reply, Request
 from fedlearn.flower.records import read_reply, request_records, size_bytes, vector_record
 from fedlearn.sources import Clock
 
-__all__ = ["GridNetwork"]
+__all__ = ["GridNetwork", "is_simulation_runtime"]
 
 log = logging.getLogger("fedlearn.server")
 
@@ -27,6 +27,11 @@ _STARTUP_TIMEOUT_S = 120.0
 
 _SIMULATION_GRID = "InMemoryGrid"
 """The grid of Flower's simulation runtime, by name: its module takes a second to import."""
+
+
+def is_simulation_runtime(grid: Grid) -> bool:
+    """Return whether ``grid`` is that of Flower's own simulation runtime."""
+    return type(grid).__name__ == _SIMULATION_GRID
 
 
 class GridNetwork:
@@ -45,7 +50,7 @@ class GridNetwork:
 
     def __init__(self, grid: Grid, clock: Clock, *, clients: int) -> None:
         self._grid, self._clock = grid, clock
-        self._simulated = clients if type(grid).__name__ == _SIMULATION_GRID else None
+        self._simulated = clients if is_simulation_runtime(grid) else None
         self._client_of: dict[int, int] = {}
         self._node_of: dict[int, int] = {}
         self._silent: dict[int, int] = {}  # how often a node did not say which client it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedlearn.federation.messages import (
     TrainReply,
     check_evaluate_reply,
     check_train_reply,
+    reply_numbers,
 )
 
 __all__ = [
@@ -86,15 +88,17 @@ def read_vector(array: Array, spec: ParamSpec) -> NDArray[Any]:
     return np.frombuffer(array.data, dtype=spec.dtype, offset=start)
 
 
-def train_reply_records(vector: Vector, weight: int, mean_loss: float) -> RecordDict:
-    """Return the content of a client's answer to ``train``."""
-    numbers = MetricRecord({"num-examples": weight, "loss": mean_loss})
-    return RecordDict({"update": vector_record("update", vector), "metrics": numbers})
+def train_reply_records(vector: Vector, numbers: Mapping[str, int | float]) -> RecordDict:
+    """Return the content of a client's answer to ``train``; without numbers, the update is all there is."""
+    records = RecordDict({"update": vector_record("update", vector)})
+    if numbers:
+        records["metrics"] = MetricRecord(dict(numbers))
+    return records
 
 
-def evaluate_reply_records(num_examples: int, sums: dict[str, float]) -> RecordDict:
+def evaluate_reply_records(numbers: Mapping[str, int | float]) -> RecordDict:
     """Return the content of a client's answer to ``evaluate``."""
-    return RecordDict({"metrics": MetricRecord({"num-examples": num_examples, **sums})})
+    return RecordDict({"metrics": MetricRecord(dict(numbers))})
 
 
 def refusal(code: str, incident: str, reply_to: Message) -> Message:
@@ -122,10 +126,13 @@ def _read_content(
     content: RecordDict, request: Request, spec: ParamSpec, upload_bytes: int, download_bytes: int
 ) -> TrainReply | EvaluateReply:
     """Return the checked content of a reply."""
-    expected = {"update", "metrics"} if request.kind == "train" else {"metrics"}
-    if set(content) != expected or not isinstance(content["metrics"], MetricRecord):
+    trained = request.kind == "train"
+    expected = ({"update"} if trained else set()) | (
+        {"metrics"} if not trained or reply_numbers(request.plan.config) else set()
+    )
+    if set(content) != expected or not isinstance(content.get("metrics", MetricRecord()), MetricRecord):
         raise ReplyError(FailureCode.BAD_REPLY, f"expected the records {sorted(expected)}")
-    numbers = dict(content["metrics"])
+    numbers = dict(content.get("metrics", MetricRecord()))
     if request.kind == "evaluate":
         return check_evaluate_reply(
             request.client,

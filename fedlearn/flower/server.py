@@ -15,16 +15,22 @@ from fedlearn.errors import ConfigError, RunFailedError
 from fedlearn.federation.rounds import Federation, Observer, SilentObserver
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.federation.summary import finish
-from fedlearn.flower.network import GridNetwork
+from fedlearn.flower.network import GridNetwork, is_simulation_runtime
+from fedlearn.privacy.noise import Noise, SecureNoise, SimulatedNoise
 from fedlearn.scenario import read_scenario
-from fedlearn.sources import Clock, SystemClock
+from fedlearn.sources import Clock, SecureRandom, SeedTree, SystemClock
 from fedlearn.tasks import load_task
 
 __all__ = ["build_server_app"]
 
 
-def build_server_app(observer: Observer | None = None, clock: Clock | None = None) -> ServerApp:
+def build_server_app(
+    observer: Observer | None = None, clock: Clock | None = None, *, simulated: bool = False
+) -> ServerApp:
     """Return the ServerApp.
+
+    Noise and secret draws come from the operating system, so that nobody can draw them again; only a simulation, here
+    (``simulated``) or on Flower's simulation runtime, takes them from the run's seed, and its ledger says so.
 
     Its run config says which run: ``resume`` (the folder of a run that exists), or ``scenario`` (a TOML file),
     ``set`` (overrides, separated by ``;``) and ``out`` (the new run's folder, as an absolute path).
@@ -36,6 +42,7 @@ def build_server_app(observer: Observer | None = None, clock: Clock | None = Non
         folder = _open_folder(context)
         with folder.lock():
             time = clock or SystemClock()
+            seeded = simulated or is_simulation_runtime(grid)
             federation = Federation(
                 folder.config,
                 load_task(folder.config.task),
@@ -43,6 +50,7 @@ def build_server_app(observer: Observer | None = None, clock: Clock | None = Non
                 folder,
                 clock=time,
                 observer=observer or SilentObserver(),
+                noise=_noise(folder.config, seeded=seeded),
             )
             try:
                 state = federation.run()
@@ -53,6 +61,13 @@ def build_server_app(observer: Observer | None = None, clock: Clock | None = Non
             finish(folder, federation.model, state)
 
     return app
+
+
+def _noise(config: RunConfig, *, seeded: bool) -> Noise:
+    """Return where the run's noise comes from."""
+    if seeded:
+        return SimulatedNoise(SeedTree.root(config.seed).child("privacy"))
+    return SecureNoise(SecureRandom())
 
 
 def _open_folder(context: Context) -> RunFolder:

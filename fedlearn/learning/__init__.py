@@ -2,7 +2,7 @@
 
 from fedlearn.learning.model import FlatModel, build_flat_model, computing
 from fedlearn.learning.task import ClientData, Examples, Pool, Task
-from fedlearn.learning.trainer import Evaluation, Update, evaluate, local_steps, train
+from fedlearn.learning.trainer import Evaluation, Trained, evaluate, local_steps, train
 
 __all__ = [
     "ClientData",
@@ -11,7 +11,7 @@ __all__ = [
     "FlatModel",
     "Pool",
     "Task",
-    "Update",
+    "Trained",
     "build_flat_model",
     "computing",
     "evaluate",

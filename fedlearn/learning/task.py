@@ -125,6 +125,9 @@ class Task(Protocol):
     label_names: Sequence[str] = ()
     """What the classes are called, for people; may be empty."""
 
+    metric_names: Sequence[str] = ()
+    """Those metrics, within [0, 1] for every example, that clients may release with noise where privacy hides them."""
+
     def build_model(self) -> nn.Module:
         """Return a fresh model. It is called under the run's seed, so plain initialisers are reproducible.
 

@@ -14,25 +14,26 @@ from fedlearn.config import TrainingConfig
 from fedlearn.errors import DataError, TaskError
 from fedlearn.learning.model import FlatModel, computing
 from fedlearn.learning.task import Examples, Task
+from fedlearn.privacy.clipping import Update
 from fedlearn.sources import SeedTree
 
-__all__ = ["Evaluation", "Update", "evaluate", "local_steps", "train"]
+__all__ = ["Evaluation", "Trained", "evaluate", "local_steps", "losses_of", "pick", "train"]
 
 _EVALUATION_BATCH = 1024
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Update:
-    """What a client learned: its model minus the one it received.
+class Trained:
+    """What came of training on one client.
 
     Attributes:
-        vector: local minus received, shape (d,), in the spec's type. Neither clipped nor noised.
+        update: its model minus the one it received, shape (d,), in the spec's type.
         num_examples: how many examples it was trained on.
         mean_loss: mean training loss over the examples seen, in the loss's own unit.
         steps: local descent steps taken.
     """
 
-    vector: Vector
+    update: Update
     num_examples: int
     mean_loss: float
     steps: int
@@ -64,7 +65,7 @@ def train(
     *,
     proximal_mu: float,
     seeds: SeedTree,
-) -> Update:
+) -> Trained:
     """Descend from ``received`` on ``examples`` and return the difference.
 
     Every step takes the mean loss over a batch. With ``batch_size`` 0 and one step this is one step of gradient
@@ -95,9 +96,9 @@ def train(
         velocity = torch.zeros_like(model.flat) if momentum else None
         losses, seen, steps = 0.0, 0, 0
         for rows in _batches(len(examples), training, seeds.child("batches").generator()):
-            inputs, targets = _pick(examples, slice(None) if rows is None else torch.from_numpy(rows))
+            inputs, targets = pick(examples, slice(None) if rows is None else torch.from_numpy(rows))
             model.zero_gradient()
-            per_example = _losses(task, model.module(inputs), targets)
+            per_example = losses_of(task, model.module(inputs), targets)
             per_example.mean().backward()  # type: ignore[no-untyped-call]
             step = model.collect_gradient()
             if anchor is not None:
@@ -111,7 +112,7 @@ def train(
             seen += len(targets)
             steps += 1
         vector = model.vector() - received
-    return Update(vector=vector, num_examples=len(examples), mean_loss=losses / max(seen, 1), steps=steps)
+    return Trained(update=Update(vector), num_examples=len(examples), mean_loss=losses / max(seen, 1), steps=steps)
 
 
 def evaluate(model: FlatModel, task: Task, parameters: Vector, examples: Examples, *, seeds: SeedTree) -> Evaluation:
@@ -129,9 +130,9 @@ def evaluate(model: FlatModel, task: Task, parameters: Vector, examples: Example
         model.load(parameters)
         model.module.eval()
         for start in range(0, len(examples), _EVALUATION_BATCH):
-            inputs, targets = _pick(examples, slice(start, start + _EVALUATION_BATCH))
+            inputs, targets = pick(examples, slice(start, start + _EVALUATION_BATCH))
             output = model.module(inputs)
-            loss += float(_losses(task, output, targets).sum(dtype=torch.float64))
+            loss += float(losses_of(task, output, targets).sum(dtype=torch.float64))
             for name, values in task.metrics(output, targets).items():
                 if name in ("loss", "num-examples"):
                     raise TaskError(f"a metric may not be called {name!r}; fedlearn reports that itself")
@@ -144,7 +145,7 @@ def evaluate(model: FlatModel, task: Task, parameters: Vector, examples: Example
     return Evaluation(num_examples=len(examples), sums={**sums, "loss": loss})
 
 
-def _losses(task: Task, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def losses_of(task: Task, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the task's per-example losses, checked: a mean or a matrix would train something else in silence."""
     losses = task.loss(output, targets)
     if (found := _shape(losses)) != (len(targets),):
@@ -160,7 +161,7 @@ def _shape(values: object) -> tuple[int, ...] | str:
     return tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
 
 
-def _pick(examples: Examples, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pick(examples: Examples, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a copy of the inputs and targets of one batch: a model may work in place."""
     inputs, targets = examples.inputs[rows], examples.targets[rows]
     return (inputs, targets) if isinstance(rows, torch.Tensor) else (inputs.clone(), targets.clone())

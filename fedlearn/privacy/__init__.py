@@ -1,5 +1,5 @@
-"""What limits what a release reveals: so far the draw of a cohort, which states what may be claimed of it."""
+"""What limits what a release reveals: clip, noise, draws, the ledger, and epsilon computed from it.
 
-from fedlearn.privacy.sampling import Draw, draw_cohort
-
-__all__ = ["Draw", "draw_cohort"]
+``clipping`` → ``mechanisms`` (noise from ``noise``, drawn by ``gaussian``, correlated by ``matrix``) → ``releases`` in
+a ``ledger`` → ``accounting``; ``plan`` decides all of it before a run, ``sampling`` says who is invited.
+"""

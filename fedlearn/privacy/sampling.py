@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fedlearn.privacy.gaussian import bernoulli
+from fedlearn.privacy.noise import Keystream
+from fedlearn.privacy.releases import Sampling
 from fedlearn.sources import SeedTree
 
-__all__ = ["Draw", "draw_cohort"]
+__all__ = ["Draw", "draw_cohort", "draw_poisson", "draw_separated"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """A cohort and how it was drawn.
+    """A cohort and how it was drawn: made by the functions of this module, each of which says what is true of it.
 
     Attributes:
-        cohort: the clients invited, in ascending order.
+        cohort: the clients invited, in ascending order, none twice.
         population: how many clients it was drawn from.
-        method: ``everyone``, or ``fixed-size``: uniformly without replacement. Neither justifies the amplification
-            of Poisson sampling; an accountant must not claim it.
+        method: ``everyone``; ``fixed-size``: uniformly without replacement; ``poisson``: each for itself with
+            probability ``rate``; ``separated``: of those that were not invited for some rounds. Only ``poisson``
+            justifies the amplification of Poisson sampling.
+        rate: each client's probability, or for the other methods the share that was invited.
     """
 
     cohort: tuple[int, ...]
     population: int
-    method: Literal["everyone", "fixed-size"]
+    method: Literal["everyone", "fixed-size", "poisson", "separated"]
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if any(later <= earlier for earlier, later in zip(self.cohort, self.cohort[1:], strict=False)):
+            raise ValueError("a cohort is in ascending order, and no client is in it twice")
+
+    def sampling(self, *, claimed: bool) -> Sampling:
+        """Return what a ledger says of the draw: what was done, and whether its secrecy may be claimed.
+
+        A Poisson draw that is not ``claimed`` (somebody may have watched it) is called ``poisson-observed``, which
+        amplifies nothing.
+        """
+        observed = self.method == "poisson" and not claimed
+        return Sampling(
+            method="poisson-observed" if observed else self.method, rate=self.rate, population=self.population
+        )
 
 
 def draw_cohort(population: Sequence[int], size: int, seeds: SeedTree) -> Draw:
@@ -38,11 +59,60 @@ def draw_cohort(population: Sequence[int], size: int, seeds: SeedTree) -> Draw:
     Raises:
         ValueError: ``size`` is not in [1, len(population)].
     """
-    clients = sorted(population)
+    clients = _distinct(population)
     if not 1 <= size <= len(clients):
         raise ValueError(f"cannot draw {size} of {len(clients)} clients")
     if size == len(clients):
         return Draw(cohort=tuple(clients), population=len(clients), method="everyone")
     chosen = seeds.generator().choice(len(clients), size=size, replace=False)
     cohort = tuple(sorted(clients[int(index)] for index in chosen))
-    return Draw(cohort=cohort, population=len(clients), method="fixed-size")
+    return Draw(cohort=cohort, population=len(clients), method="fixed-size", rate=size / len(clients))
+
+
+def draw_poisson(population: Sequence[int], rate: float, stream: Keystream) -> Draw:
+    """Invite each client with probability ``rate``, independently; the cohort may be empty, and is never cut to a size.
+
+    Every client uses up one word of ``stream``, in ascending order, whether it is invited or not.
+
+    Raises:
+        ValueError: ``rate`` is not in (0, 1].
+    """
+    if not 0 < rate <= 1:
+        raise ValueError(f"the sampling rate must be in (0, 1], got {rate}")
+    clients = _distinct(population)
+    chosen = bernoulli(stream, rate, len(clients))
+    cohort = tuple(client for client, invited in zip(clients, chosen, strict=True) if invited)
+    return Draw(cohort=cohort, population=len(clients), method="poisson", rate=rate)
+
+
+def draw_separated(
+    population: Sequence[int],
+    size: int,
+    *,
+    round_number: int,
+    last_round: Mapping[int, int],
+    min_separation: int,
+    seeds: SeedTree,
+) -> Draw:
+    """Draw up to ``size`` of the clients that did not take part in the last ``min_separation - 1`` rounds.
+
+    Fewer where fewer are left: a client that is not due is never invited, whoever is missing.
+
+    Args:
+        population: the clients that are there.
+        size: how many to draw.
+        round_number: the round to draw for.
+        last_round: the round in which a client was last invited, by client; those never invited are not in it.
+        min_separation: rounds from one participation to the next, at least 1.
+        seeds: where the order comes from; no secret, since nothing is claimed of it.
+    """
+    clients = _distinct(population)
+    due = [each for each in clients if each not in last_round or round_number - last_round[each] >= min_separation]
+    chosen = seeds.generator().permutation(len(due))[:size]
+    cohort = tuple(sorted(due[int(index)] for index in chosen))
+    return Draw(cohort=cohort, population=len(clients), method="separated", rate=len(cohort) / max(len(clients), 1))
+
+
+def _distinct(population: Sequence[int]) -> list[int]:
+    """Return the clients in ascending order, each once: one that is enrolled twice under one name is one client."""
+    return sorted(set(population))

@@ -37,10 +37,20 @@ def simulate(folder: RunFolder, observer: Observer | None = None) -> dict[str, A
             clients=config.federation.clients,
             workers=config.simulation.workers,
             faults=faults,
+            node_config=_node_config(folder),
         ) as grid,
     ):
-        grid.serve(build_server_app(observer), {"resume": str(folder.path)})
+        grid.serve(build_server_app(observer, simulated=True), {"resume": str(folder.path)})
     return folder.summary()
+
+
+def _node_config(folder: RunFolder) -> dict[str, str | float]:
+    """Return what every simulated device is told by its owner: where its own ledgers are, and what it may spend."""
+    privacy = folder.config.privacy
+    if privacy.unit != "example":
+        return {}
+    told: dict[str, str | float] = {"ledger-folder": str(folder.path / "clients")}
+    return told if privacy.budget is None else {**told, "max-epsilon": privacy.budget}
 
 
 @contextmanager

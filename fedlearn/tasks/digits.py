@@ -27,6 +27,7 @@ class Digits(Task):
     """
 
     label_names = tuple("0123456789")
+    metric_names = ("accuracy",)
 
     def build_model(self) -> nn.Module:
         """Return two convolutions and a linear layer, under He's initialisation (arXiv:1502.01852)."""

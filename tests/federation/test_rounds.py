@@ -33,7 +33,10 @@ from fedlearn.federation.messages import (
 from fedlearn.federation.rounds import Federation, SilentObserver
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.learning import Examples, Task
-from fedlearn.sources import ManualClock
+from fedlearn.privacy.noise import SimulatedNoise
+from fedlearn.sources import ManualClock, SeedTree
+
+NOISE = SimulatedNoise(SeedTree.root(0))
 
 
 class Line(Task):
@@ -172,7 +175,9 @@ def begin(tmp_path):
         folder = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
         clock = ManualClock()
         twin = network or Twin(clients, clock, behaviour or {}, arrivals)
-        federation = Federation(config, task or Line(), twin, folder, clock=clock, observer=SilentObserver())
+        federation = Federation(
+            config, task or Line(), twin, folder, clock=clock, observer=SilentObserver(), noise=NOISE
+        )
         return Run(federation, twin, folder)
 
     return call
@@ -354,7 +359,7 @@ def test_the_loop_holds_one_update_at_a_time(begin):
             alive: list[weakref.ref] = []
             for reply in super().exchange(requests, spec, timeout_s):
                 assert sum(ref() is not None for ref in alive) <= 1
-                alive.append(weakref.ref(reply.vector))
+                alive.append(weakref.ref(reply.update))
                 yield reply
                 del reply
 

@@ -35,7 +35,9 @@ def honest_app() -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         client = int(context.node_config["partition-id"])
-        return Message(train_reply_records(np.full(4, client, np.float32), 1, 0.5), reply_to=message)
+        return Message(
+            train_reply_records(np.full(4, client, np.float32), {"num-examples": 1, "loss": 0.5}), reply_to=message
+        )
 
     @app.query("identify")
     def identify(message: Message, context: Context) -> Message:
@@ -81,7 +83,7 @@ def ask(grid: HostileGrid, clients: Sequence[int] = (0, 1, 2, 3)):
 
 def summary(replies) -> list[object]:
     """Return the number that each client said of itself, or the code of its failure."""
-    return [float(r.vector[0]) if isinstance(r, TrainReply) else str(r.code) for r in replies]
+    return [float(r.update.vector[0]) if isinstance(r, TrainReply) else str(r.code) for r in replies]
 
 
 def forged(reply: Message, **changes: object) -> Message:
@@ -122,7 +124,9 @@ def test_a_node_that_answers_anothers_message_is_not_heard_and_the_other_is():
 
 def test_of_two_replies_only_the_first_counts():
     def twice(replies):
-        second = Message(train_reply_records(np.full(4, 99, np.float32), 1, 0.5), reply_to=replies[1])
+        second = Message(
+            train_reply_records(np.full(4, 99, np.float32), {"num-examples": 1, "loss": 0.5}), reply_to=replies[1]
+        )
         second.metadata.__dict__.update(replies[1].metadata.__dict__)
         return [replies[1], second, second, replies[0], second, *replies[2:], *replies]
 

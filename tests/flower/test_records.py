@@ -229,7 +229,8 @@ def test_what_travels_is_what_was_agreed_and_no_more():
     request = request_records(vector_record("vector", GOOD), plan)
     assert set(request) == {"model", "round"}
     assert RoundPlan.from_json(request.config_records["round"]["plan"]).spec_sha256 == SPEC.sha256
-    reply = train_reply_records(GOOD, 3, 0.5)
+    reply = train_reply_records(GOOD, {"num-examples": 3, "loss": 0.5})
     assert set(reply) == {"update", "metrics"}
     assert dict(reply.metric_records["metrics"]) == {"num-examples": 3, "loss": 0.5}
-    assert dict(evaluate_reply_records(3, {"loss": 1.5}).metric_records["metrics"]) == {"num-examples": 3, "loss": 1.5}
+    sums = {"num-examples": 3, "loss": 1.5}
+    assert dict(evaluate_reply_records(sums).metric_records["metrics"]) == sums

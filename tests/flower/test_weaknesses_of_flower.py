@@ -23,7 +23,8 @@ from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.grid import LocalGrid
 from fedlearn.flower.network import GridNetwork
 from fedlearn.learning import Task
-from fedlearn.sources import ManualClock
+from fedlearn.privacy.noise import SimulatedNoise
+from fedlearn.sources import ManualClock, SeedTree
 
 CLIENTS, SIZE = 4, 6
 Bad = Callable[[NDArray], tuple[NDArray, int]]  # an honest vector → what the bad client says: vector and count
@@ -80,7 +81,8 @@ def ours(folder: Path, bad: Bad, **federation: object) -> tuple[NDArray, dict[st
     with LocalGrid(app, clients=CLIENTS) as grid:
         network = GridNetwork(grid, clock, clients=CLIENTS)
         kept = RunFolder.create(folder / "run", config)
-        run = Federation(config, Weights(), network, kept, clock=clock, observer=SilentObserver())
+        noise = SimulatedNoise(SeedTree.root(0))
+        run = Federation(config, Weights(), network, kept, clock=clock, observer=SilentObserver(), noise=noise)
         start = run.initialise().server.params
         end = run.run().server.params
     (line,) = kept.metrics()

@@ -45,9 +45,9 @@ def federated(
         for index, examples in enumerate(clients):
             received = state.params.astype(model.spec.dtype)
             seeds = SeedTree.root(0).child(number, index)
-            update = train(model, task, received, examples, training, proximal_mu=0.0, seeds=seeds)
-            assert (update.num_examples, update.steps) == (len(examples), 1)
-            mean += update.vector.astype(np.float64) * update.num_examples
+            trained = train(model, task, received, examples, training, proximal_mu=0.0, seeds=seeds)
+            assert (trained.num_examples, trained.steps) == (len(examples), 1)
+            mean += trained.update.vector.astype(np.float64) * trained.num_examples
         state = algorithm.aggregate(state, mean / total)
         yield state.params
 
@@ -123,7 +123,7 @@ def test_means_that_ignore_the_numbers_of_examples_are_another_descent() -> None
     model = build_flat_model(task, SeedTree.root(0))
     training = TrainingConfig(local_steps=1, batch_size=0, learning_rate=0.1)
     updates = [
-        train(model, task, np.zeros(11), part, training, proximal_mu=0.0, seeds=SeedTree.root(0)).vector
+        train(model, task, np.zeros(11), part, training, proximal_mu=0.0, seeds=SeedTree.root(0)).update.vector
         for part in parts
     ]
     expected = -0.1 * gradient(np.zeros(11))

@@ -188,14 +188,14 @@ every_schedule = pytest.mark.parametrize("changes", SCHEDULES.values(), ids=SCHE
 def test_training_is_torchs_sgd(build, changes) -> None:
     received, examples, training = first_vector(build), some_examples(), setting(**changes)
     expected, mean_loss, steps = by_torch(build, received, examples, training)
-    update = by_fedlearn(build, received, examples, training)
-    assert update.vector.dtype == received.dtype
-    np.testing.assert_allclose(update.vector, expected, rtol=1e-5, atol=1e-6)
+    trained = by_fedlearn(build, received, examples, training)
+    assert trained.update.vector.dtype == received.dtype
+    np.testing.assert_allclose(trained.update.vector, expected, rtol=1e-5, atol=1e-6)
     if training.momentum == 0.0:
-        assert np.array_equal(update.vector, expected), "the same operations in the same order, to the last bit"
-    assert update.mean_loss == pytest.approx(mean_loss, rel=1e-6)
-    assert (update.steps, update.num_examples) == (steps, len(examples))
-    assert update.vector.any()
+        assert np.array_equal(trained.update.vector, expected), "the same operations in the same order, to the last bit"
+    assert trained.mean_loss == pytest.approx(mean_loss, rel=1e-6)
+    assert (trained.steps, trained.num_examples) == (steps, len(examples))
+    assert trained.update.vector.any()
 
 
 @pytest.mark.parametrize("mu", [0.01, 1.0])
@@ -204,17 +204,18 @@ def test_fedprox_is_torchs_sgd_on_the_loss_with_its_proximal_term(build, mu) -> 
     received, examples = first_vector(build), some_examples()
     training = setting(local_epochs=3, momentum=0.5)
     expected, mean_loss, _ = by_torch(build, received, examples, training, proximal_mu=mu)
-    update = by_fedlearn(build, received, examples, training, proximal_mu=mu)
-    np.testing.assert_allclose(update.vector, expected, rtol=1e-4, atol=1e-6)
-    assert update.mean_loss == pytest.approx(mean_loss, rel=1e-5), "the loss is reported without the term"
+    trained = by_fedlearn(build, received, examples, training, proximal_mu=mu)
+    np.testing.assert_allclose(trained.update.vector, expected, rtol=1e-4, atol=1e-6)
+    assert trained.mean_loss == pytest.approx(mean_loss, rel=1e-5), "the loss is reported without the term"
     plain = by_fedlearn(build, received, examples, training)
-    assert not np.allclose(update.vector, plain.vector, rtol=1e-3)
+    assert not np.allclose(trained.update.vector, plain.update.vector, rtol=1e-3)
 
 
 def test_a_second_fedprox_step_has_autograds_gradient() -> None:
     received, examples, rate, mu = first_vector(mlp), some_examples(), 0.1, 0.3
     one, two = (
-        received + by_fedlearn(mlp, received, examples, setting(local_steps=n, batch_size=0), proximal_mu=mu).vector
+        received
+        + by_fedlearn(mlp, received, examples, setting(local_steps=n, batch_size=0), proximal_mu=mu).update.vector
         for n in (1, 2)
     )
     module = FlatModelFree(mlp, one)
@@ -228,7 +229,7 @@ def test_a_second_fedprox_step_has_autograds_gradient() -> None:
 
 def test_no_proximal_term_is_no_proximal_term() -> None:
     received, examples, training = first_vector(mlp), some_examples(), setting()
-    updates = [by_fedlearn(mlp, received, examples, training, proximal_mu=mu).vector for mu in (0.0, 1e-12)]
+    updates = [by_fedlearn(mlp, received, examples, training, proximal_mu=mu).update.vector for mu in (0.0, 1e-12)]
     np.testing.assert_allclose(*updates, atol=1e-7)
 
 
@@ -237,12 +238,12 @@ def test_a_float64_model_with_float32_layers_is_torchs_sgd_to_single_precision(m
     received, examples = first_vector(wide_then_single), some_examples()
     training = setting(local_epochs=2, momentum=momentum)
     expected, mean_loss, _ = by_torch(wide_then_single, received, examples, training)
-    update = by_fedlearn(wide_then_single, received, examples, training)
-    assert update.vector.dtype == np.float64
-    np.testing.assert_allclose(update.vector, expected, rtol=1e-4, atol=1e-6)
-    assert update.mean_loss == pytest.approx(mean_loss, rel=1e-5)
+    trained = by_fedlearn(wide_then_single, received, examples, training)
+    assert trained.update.vector.dtype == np.float64
+    np.testing.assert_allclose(trained.update.vector, expected, rtol=1e-4, atol=1e-6)
+    assert trained.mean_loss == pytest.approx(mean_loss, rel=1e-5)
     statistics = FlatModel(wide_then_single()).spec.slices["4.running_mean"]
-    assert np.abs(update.vector[statistics]).min() > 0.0, "BatchNorm's running mean was learned"
+    assert np.abs(trained.update.vector[statistics]).min() > 0.0, "BatchNorm's running mean was learned"
 
 
 def test_steps_too_small_for_half_precision_still_add_up() -> None:
@@ -250,7 +251,8 @@ def test_steps_too_small_for_half_precision_still_add_up() -> None:
     place = slice(*((lambda s: (s.start, s.stop))(FlatModel(half_inside()).spec.slices["2.weight"])))
     small = setting(local_steps=20, batch_size=0, learning_rate=1e-5)
     one, twenty = (
-        by_fedlearn(half_inside, received, examples, replace(small, local_steps=n)).vector[place] for n in (1, 20)
+        by_fedlearn(half_inside, received, examples, replace(small, local_steps=n)).update.vector[place]
+        for n in (1, 20)
     )
     assert np.count_nonzero(one) > 0.9 * np.count_nonzero(twenty) > 0
     np.testing.assert_allclose(twenty, 20 * one, rtol=0.1, atol=1e-6)
@@ -272,7 +274,7 @@ def test_the_same_seeds_give_the_same_bytes_whatever_was_trained_before(build) -
         evaluate(resident, task, moved, examples, seeds=seeds)
     torch.manual_seed(2)
     again = by_fedlearn(build, received, examples, training, model=resident)
-    assert again.vector.tobytes() == fresh.vector.tobytes()
+    assert again.update.vector.tobytes() == fresh.update.vector.tobytes()
     assert again.mean_loss == fresh.mean_loss
 
 
@@ -280,7 +282,8 @@ def test_the_same_seeds_give_the_same_bytes_whatever_was_trained_before(build) -
 def test_other_seeds_give_another_order_of_batches(build) -> None:
     received, examples = first_vector(build), some_examples()
     updates = {
-        by_fedlearn(build, received, examples, setting(), own_seeds=seeds.child(n)).vector.tobytes() for n in "ab"
+        by_fedlearn(build, received, examples, setting(), own_seeds=seeds.child(n)).update.vector.tobytes()
+        for n in "ab"
     }
     assert len(updates) == 2
 
@@ -288,7 +291,8 @@ def test_other_seeds_give_another_order_of_batches(build) -> None:
 def test_dropout_follows_the_seeds_even_in_full_batches() -> None:
     received, examples, full = first_vector(dropout), some_examples(), setting(batch_size=0, local_steps=2)
     one, same, other = (
-        by_fedlearn(dropout, received, examples, full, own_seeds=each).vector for each in (seeds, seeds, seeds.child(1))
+        by_fedlearn(dropout, received, examples, full, own_seeds=each).update.vector
+        for each in (seeds, seeds, seeds.child(1))
     )
     assert one.tobytes() == same.tobytes() != other.tobytes()
 
@@ -398,7 +402,7 @@ def test_a_model_is_as_good_as_new_after_its_task_raised() -> None:
     with pytest.raises(RuntimeError, match="boom"):
         train(resident, failing, received, examples, setting(), proximal_mu=0.0, seeds=seeds)
     after, fresh = (by_fedlearn(batchnorm, received, examples, setting(), model=model) for model in (resident, None))
-    assert after.vector.tobytes() == fresh.vector.tobytes()
+    assert after.update.vector.tobytes() == fresh.update.vector.tobytes()
 
 
 # -- batches -------------------------------------------------------------------------------------------------------

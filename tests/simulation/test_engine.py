@@ -56,6 +56,7 @@ def test_a_run_leaves_every_file_of_its_contract_and_no_other(run):
     folder, summary = run()
     assert {path.name for path in folder.path.iterdir() if not path.name.startswith(".")} == {
         "config.toml",
+        "ledger.jsonl",
         "metrics.jsonl",
         "model.safetensors",
         "summary.json",

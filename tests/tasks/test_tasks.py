@@ -118,9 +118,9 @@ def test_training_helps(name) -> None:
     model = build_flat_model(task, SeedTree.root(0))
     start, examples, test = model.vector(), task.load_pool(None).train, task.load_test(None)
     training = TrainingConfig(local_steps=40, batch_size=32, learning_rate=0.05)
-    update = train(model, task, start, examples, training, proximal_mu=0.0, seeds=SeedTree.root(0))
+    trained = train(model, task, start, examples, training, proximal_mu=0.0, seeds=SeedTree.root(0))
     before, after = (
-        evaluate(model, task, each, test, seeds=SeedTree.root(0)) for each in (start, start + update.vector)
+        evaluate(model, task, each, test, seeds=SeedTree.root(0)) for each in (start, start + trained.update.vector)
     )
     assert after.means()["loss"] < 0.8 * before.means()["loss"]
 
@@ -278,7 +278,7 @@ def test_a_users_own_file_is_a_task_like_any_other(own, monkeypatch) -> None:
             examples = task.prepare(held.client(client)).train
             seeds = SeedTree.root(0).child(number, client)
             training = TrainingConfig(learning_rate=0.5)
-            mean += train(model, task, theta, examples, training, proximal_mu=0.0, seeds=seeds).vector / 4
+            mean += train(model, task, theta, examples, training, proximal_mu=0.0, seeds=seeds).update.vector / 4
         theta = theta + mean
     found = evaluate(model, task, theta, task.load_pool(None).train, seeds=SeedTree.root(0))
     assert found.means()["accuracy"] > 0.95

@@ -1,0 +1,51 @@
+"""What a run promises, or promised, in words: never "private" alone, always whom, against whom and how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedlearn.cli.rendering import number_text
+
+__all__ = ["epsilon_text", "promise_rows"]
+
+_HIDES = {
+    "example": "each example of a client, from everybody else, the server included",
+    "client": "each client, from other clients and whoever gets the model; the server is trusted",
+}
+_SIMULATED = "from the seed, so nobody is protected: this is what a real run would spend"
+
+
+def epsilon_text(value: float | str) -> str:
+    """Return an epsilon, which may be infinite.
+
+    >>> epsilon_text("inf"), epsilon_text(7.98765)
+    ('infinite', '7.9877')
+    """
+    return "infinite" if isinstance(value, str) else number_text(value)
+
+
+def promise_rows(privacy: Mapping[str, Any], rounds: int) -> list[tuple[str, str]]:
+    """Return what ``summary.json`` or a plan says of privacy, as names and values.
+
+    Args:
+        privacy: the table ``privacy`` of one of them.
+        rounds: how many rounds were finished.
+    """
+    if privacy["unit"] == "none":
+        return [("privacy", "none promised: epsilon is infinite (privacy.unit = none)")]
+    budget = f" of {privacy['budget']:g}" if privacy.get("budget") is not None else ""
+    delta = f" at delta {privacy['delta']:.3g}" if "delta" in privacy else ""
+    most = ", the largest of the clients" if privacy["unit"] == "example" else ""
+    rows = [
+        ("epsilon", f"{epsilon_text(privacy['epsilon'])}{budget}{delta}{most}"),
+        ("hides", _HIDES[privacy["unit"]]),
+    ]
+    if privacy.get("noise_multiplier") is not None:
+        rows.append(("noise", f"{number_text(privacy['noise_multiplier'])} times the clipping norm"))
+    if privacy.get("simulated"):
+        rows.append(("noise drawn", _SIMULATED))
+    if "stopped" in privacy:
+        reason = f"after round {rounds}: round {rounds + 1} would bring epsilon above the budget"
+        rows.append(("stopped", f"{reason}; the model of round {rounds} is kept" if rounds else reason))
+    return rows

@@ -1,0 +1,181 @@
+"""A run's own record of what it releases: the ledger, written before anything leaves, and the budget it is held to."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedlearn.arrays import ParamSpec
+from fedlearn.config import RunConfig
+from fedlearn.errors import MissingError, RunUnreadableError
+from fedlearn.federation.checkpoint import RunState
+from fedlearn.federation.estimation import Estimator, PlainMean, PrivateMean
+from fedlearn.privacy.ledger import Head, Ledger, read_events, releases_of
+from fedlearn.privacy.noise import Noise
+from fedlearn.privacy.plan import PrivacyPlan, plan_privacy
+from fedlearn.privacy.releases import Release, written_number
+
+__all__ = ["RunJournal", "earlier_releases"]
+
+
+class RunJournal:
+    """The ledger of one run and what may still be added to it.
+
+    The order in which a round is kept is what makes the record sound: the new state goes to the disk *with* its line of
+    the ledger, then the line goes into the ledger, and only then does anything of the state leave. A crash in between
+    either leaves a state of which nothing was released, or a line that is completed from the state.
+
+    Args:
+        folder: the run's folder.
+        config: the run.
+        spec: the description of its model.
+        noise: where noise and secret draws come from.
+        evaluated: the rounds after which clients measure the model.
+
+    Raises:
+        RunUnreadableError: the ledger is missing, or of another run.
+        LedgerError: its chain does not hold.
+        ConfigError: the privacy that is asked for cannot be had.
+    """
+
+    def __init__(
+        self, folder: Path, config: RunConfig, spec: ParamSpec, *, noise: Noise, evaluated: Sequence[int]
+    ) -> None:
+        self._config, self._noise = config, noise
+        self._resumed = False
+        self._fits: bool | None = None
+        self.plan: PrivacyPlan | None = None
+        self.ledger = Ledger(folder / "ledger.jsonl")
+        if config.privacy.unit == "client":
+            earlier = earlier_releases(config)
+            self.plan = plan_privacy(config, evaluated=evaluated, earlier=earlier)
+        self.instance = self._begin()
+        self.estimator: Estimator = (
+            PlainMean(config, spec)
+            if self.plan is None
+            else PrivateMean(self.plan, spec, instance=self.instance, noise=noise)
+        )
+
+    def open(self, kept: RunState | None) -> None:
+        """Check the ledger against the state that is gone on with, and complete it.
+
+        Raises:
+            RunUnreadableError: the ledger does not go with the state.
+        """
+        if kept is None:
+            self._check_rows(0)
+            return
+        before = kept.pending[0] if kept.pending else None
+        least = Head(count=before.seq - 1, sha256=before.prev) if before is not None else kept.ledger
+        if self.ledger.head.count < least.count:
+            raise RunUnreadableError(
+                f"{self.ledger.path} has {self.ledger.head.count} lines and the run had written {least.count}: without "
+                "its ledger a run cannot go on. Put the ledger back, or start a new run with privacy.earlier-ledgers"
+            )
+        read_events(self.ledger.path, least)
+        self.commit(kept)
+        self._resumed = True
+        self._check_rows(kept.round_number)
+
+    def noted(self, state: RunState, kind: str, release: Release) -> RunState:
+        """Return ``state`` with the ledger's next line, which is not written yet."""
+        if self._resumed:
+            self.ledger.append("run.resume", {"round": state.round_number})
+            self._resumed = False
+        event = self.ledger.next_event(kind, release.to_body())
+        return replace(state, pending=(event,), ledger=Head(count=event.seq, sha256=event.sha256))
+
+    def commit(self, state: RunState) -> None:
+        """Write the state's lines to the ledger; from here on its model may leave."""
+        for event in state.pending:
+            self.ledger.commit(event)
+
+    def is_spent(self, state: RunState) -> bool:
+        """Return whether the next round would bring epsilon above the budget; asked before anything is sent."""
+        if self.plan is None or self.plan.config.privacy.budget is None:
+            return False
+        released = releases_of(self.ledger.events)
+        if self._fits is None:  # what fits as a whole fits at every round
+            self._fits = not self.plan.would_exceed(released, self.plan.releases(state.round_number, self.instance))
+        if self._fits:
+            return False
+        following = self.plan.releases_of_round(state.round_number + 1, self.instance)
+        return self.plan.would_exceed(released, following)
+
+    def close(self, state: RunState) -> None:
+        """Write that the run ended, and why."""
+        if self.ledger.events[-1].kind == "run.close":
+            return
+        rounds = self._config.federation.rounds
+        reason = "finished" if state.round_number == rounds else "budget"
+        self.ledger.append("run.close", {"reason": reason, "rounds": state.round_number})
+
+    def _begin(self) -> str:
+        """Write what the run promises as the first line, or read it; return the run's own name."""
+        if not self.ledger.events:
+            return str(self.ledger.append("run.policy", self._policy()).body["run"])
+        first = self.ledger.events[0]
+        if first.kind != "run.policy" or first.body.get("config-sha256") != self._config.sha256():
+            raise RunUnreadableError(f"{self.ledger.path} is the ledger of another run; put the run's own back")
+        return str(first.body["run"])
+
+    def _policy(self) -> dict[str, Any]:
+        """Return what is promised, before the first round."""
+        config, privacy = self._config, self._config.privacy
+        numbers: Mapping[str, float | None] = {
+            "target-epsilon": privacy.target_epsilon,
+            "max-epsilon": privacy.max_epsilon,
+            "bound-l2": privacy.bound_l2,
+            "delta": None if self.plan is None else self.plan.delta,
+            "noise-multiplier": None if self.plan is None else self.plan.noise_multiplier,
+            "rate": config.federation.cohort / config.federation.clients,
+        }
+        promised = privacy.unit != "none"
+        return {
+            "run": secrets.token_hex(16),
+            "task": config.task,
+            "config-sha256": config.sha256(),
+            "unit": privacy.unit,
+            "trust": privacy.trust,
+            "mechanism": privacy.mechanism,
+            "population": config.federation.clients,
+            "rounds": config.federation.rounds,
+            "sampling": config.federation.sampling,
+            "amplification": privacy.amplification,
+            "simulated": self._noise.simulated,
+            "earlier": len(self.plan.earlier) if self.plan is not None else 0,
+            **{name: written_number(value) for name, value in numbers.items() if promised and value is not None},
+        }
+
+    def _check_rows(self, done: int) -> None:
+        """Refuse to draw correlated noise a second time for a round that the ledger says was released."""
+        if self._config.privacy.unit != "client" or self._config.privacy.mechanism != "dp-ftrl":
+            return
+        released = [each for each in releases_of(self.ledger.events) if each.what == "model"]
+        if len(released) > done:
+            raise RunUnreadableError(
+                f"{self.ledger.path} reports {len(released)} rounds and the run's state {done}: under dp-ftrl a round "
+                "cannot be released twice. Put the state back, or start a new run with privacy.earlier-ledgers"
+            )
+
+
+def earlier_releases(config: RunConfig) -> list[Release]:
+    """Return what earlier runs on the same clients released, as their ledgers say.
+
+    Raises:
+        MissingError: a ledger is not there.
+        LedgerError: a ledger's chain does not hold, or it reports what this version does not know.
+    """
+    found: list[Release] = []
+    for name in (config.privacy.earlier_ledgers or "").split(","):
+        if not name:
+            continue
+        path = Path(name)
+        path = path / "ledger.jsonl" if path.is_dir() else path
+        if not path.exists():
+            raise MissingError(f"privacy.earlier-ledgers: there is no ledger {path}")
+        found.extend(releases_of(read_events(path)))
+    return found

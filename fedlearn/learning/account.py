@@ -1,0 +1,391 @@
+"""One client's own account: what its DP-SGD has cost so far, over rounds and runs, and what its owner permits.
+
+Epsilon is Opacus': its PRV accountant, or RDP where PRV cannot be computed or epsilon is large. It is a function of the
+whole ledger, so a new engine in every round cannot make twenty rounds cost one. The GDP accountant, which reports too
+little, is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlearn.config import PrivacyConfig
+from fedlearn.errors import DependencyError, ReplyError
+from fedlearn.files import write_atomic
+from fedlearn.privacy.ledger import Ledger
+from fedlearn.privacy.releases import Release, read_number, written_number
+
+__all__ = ["ClientAccount", "composed_epsilon"]
+
+History: TypeAlias = tuple[tuple[float, float, int], ...]
+"""Steps of DP-SGD as (noise multiplier, sample rate, how many), in ascending order, each pair once."""
+
+_UPDATE = "update"
+"""The name in a release's evidence of the hash of the update that left."""
+
+_MOST_NOISE = 1e4
+_ORDERS = (*range(2, 13), 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 256)
+_MOST_PRV = 64.0  # above, PRV takes minutes and gigabytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What the rest of a run may cost, computed once.
+
+    Attributes:
+        history: with every round of it.
+        limit: the epsilon it may not exceed, or infinity.
+        fits: whether it does not.
+    """
+
+    history: History
+    limit: float
+    fits: bool
+
+
+class ClientAccount:
+    """The ledger of one client's examples, and the limit of their owner.
+
+    Args:
+        path: its ``ledger.jsonl``; momentum is kept beside it. The folder is made.
+        size: n, how many examples the client trains on.
+        delta: δ, or ``auto``: n^(-1.1).
+        max_epsilon: what the owner permits over all runs together; ``None``: no limit of theirs.
+
+    Raises:
+        ReplyError: ``refused`` where δ ≥ 1/n: such a δ permits giving one example away. One example alone has no other.
+        LedgerError: the ledger's chain does not hold.
+    """
+
+    def __init__(self, path: Path, *, size: int, delta: float | Literal["auto"], max_epsilon: float | None) -> None:
+        self.size = size
+        self.delta = size**-1.1 if delta == "auto" else delta
+        if size < 2 or not 0 < self.delta < 1 / size:
+            reason = f"delta {self.delta:g} is not below 1/n for n = {size} examples, so it protects none of them"
+            raise ReplyError("refused", reason)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.max_epsilon = math.inf if max_epsilon is None else max_epsilon
+        self._ledger = Ledger(path)
+        self._plan: _Plan | None = None
+
+    def epsilon(self) -> float:
+        """Return ε at δ of everything in the ledger; infinite where a line is not known for what it is."""
+        return self._epsilon_with(())
+
+    def permit(self, release: Release) -> None:
+        """Raise if ``release`` would bring ε above what is permitted; ask before anything is trained.
+
+        A simulation that is resumed repeats a round with the same noise: what is recorded already costs nothing again.
+        On a device the noise is new, and a repeated round counts again.
+
+        Raises:
+            ReplyError: ``budget-spent``.
+        """
+        if release.simulated and any(_same_but_update(release, each) for each in self._releases()):
+            return
+        history = _history((*self._releases(), release)) if self._is_known(release.simulated) else None
+        limit = min(self.max_epsilon, self._plan.limit if self._plan else math.inf)
+        if history is not None and (limit == math.inf or self._is_planned(history)):
+            return
+        spent = math.inf if history is None else composed_epsilon(history, self.delta)
+        if not (math.isfinite(spent) and spent <= limit):
+            reason = f"round {release.round_number} would bring epsilon to {spent:.4g} at delta {self.delta:.3g}"
+            raise ReplyError("budget-spent", f"{reason}; {limit:g} is permitted. The ledger is {self._ledger.path}")
+
+    def record(self, release: Release) -> None:
+        """Write ``release`` to the disk, and only then return: the update may leave now, and not before.
+
+        Its evidence holds the update's hash under ``update``. A simulated release that is there already, the same round
+        with the same update, is not written twice.
+
+        Raises:
+            ReplyError: ``budget-spent``, as for ``permit``.
+            RunFailedError: it cannot be written; the update may not leave.
+        """
+        if release.simulated and any(release.to_body() == each.to_body() for each in self._releases()):
+            return
+        self.permit(release)
+        self._ledger.append("update.release", release.to_body())
+
+    def noise_multiplier(self, privacy: PrivacyConfig, *, run: str, rounds: int, rate: float, steps: int) -> float:
+        """Return σ/bound for a run: as given, or the least with which all its rounds keep ε within the target.
+
+        What the ledger holds already counts towards the target. The run's first line in the ledger, ``run.policy``,
+        fixes the number: it is the same in every round, whatever else is released in between.
+
+        Args:
+            privacy: ``target_epsilon`` or ``noise_multiplier``.
+            run: what names the run, such as its configuration's hash.
+            rounds: how many rounds the client takes part in, at most.
+            rate: the sampling rate q.
+            steps: steps a round.
+
+        Raises:
+            ReplyError: ``budget-spent`` where no noise is enough, ``refused`` where the data changed during the run.
+        """
+        policy = next((each for each in self._policies() if each["run"] == run), None)
+        limit = math.inf if privacy.target_epsilon is None else privacy.target_epsilon
+        if policy is None:
+            multiplier = privacy.noise_multiplier
+            before = _history(self._releases()) if self._is_known(None) else None
+            if multiplier is None and before is not None:
+                multiplier = _calibrated(before, rate, steps * rounds, self.delta, min(limit, self.max_epsilon))
+            if multiplier is None:
+                raise ReplyError("budget-spent", f"no noise keeps epsilon within {min(limit, self.max_epsilon):g}")
+            policy = self._write_policy(run, multiplier, rounds=rounds, rate=rate, steps=steps)
+        if (policy["examples"], policy["delta"]) != (self.size, written_number(self.delta)):
+            raise ReplyError(
+                "refused", f"the run began with {policy['examples']} examples and now there are {self.size}"
+            )
+        multiplier = read_number(policy["noise-multiplier"])
+        self._plan = self._planned(policy, multiplier, rounds=rounds, rate=rate, steps=steps, limit=limit)
+        return multiplier
+
+    def velocity_before(self, run: str, round_number: int) -> NDArray[np.floating[Any]] | None:
+        """Return the momentum after the last round before this one; ``None`` where there is none: at rest."""
+        earlier = [(number, path) for number, path in self._velocities(run) if number < round_number]
+        if not earlier:
+            return None
+        try:
+            velocity: NDArray[np.floating[Any]] = np.load(max(earlier)[1], allow_pickle=False)
+        except (OSError, ValueError):
+            return None  # a damaged file costs speed, not privacy
+        return velocity
+
+    def keep_velocity(self, run: str, round_number: int, velocity: NDArray[np.floating[Any]]) -> None:
+        """Keep the momentum after this round, and that before it, so that the round can be done again.
+
+        It is computed from noised gradients alone, so it gives away no more than they did.
+        """
+        buffer = io.BytesIO()
+        np.save(buffer, velocity, allow_pickle=False)
+        folder = self._ledger.path.parent
+        write_atomic(folder / f"velocity-{_short(run)}-{round_number}.npy", buffer.getvalue())
+        earlier = sorted(number for number, _ in self._velocities(run) if number < round_number)
+        kept = {f"velocity-{_short(run)}-{number}.npy" for number in (round_number, *earlier[-1:])}
+        for path in folder.glob("velocity-*.npy"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _velocities(self, run: str) -> Iterable[tuple[int, Path]]:
+        """Return the rounds whose momentum is kept."""
+        for path in self._ledger.path.parent.glob(f"velocity-{_short(run)}-*.npy"):
+            number = path.stem.rpartition("-")[2]
+            if number.isdecimal():
+                yield int(number), path
+
+    def _releases(self) -> list[Release]:
+        """Return every release in the ledger."""
+        found = (event.release() for event in self._ledger.events)
+        return [release for release in found if release is not None]
+
+    def _policies(self) -> Iterable[Mapping[str, Any]]:
+        """Return the policy of every run in the ledger."""
+        return (event.body for event in self._ledger.events if event.kind == "run.policy" and "run" in event.body)
+
+    def _is_known(self, simulated: bool | None) -> bool:
+        """Return whether every line is known for what it is; simulated noise protects nobody beside real noise."""
+        kinds = {release.simulated for release in self._releases()} | ({simulated} if simulated is not None else set())
+        return len(kinds) < 2 and all(event.is_known for event in self._ledger.events)
+
+    def _epsilon_with(self, more: tuple[Release, ...]) -> float:
+        """Return ε of the ledger and ``more``."""
+        history = _history((*self._releases(), *more)) if self._is_known(None) else None
+        return math.inf if history is None else composed_epsilon(history, self.delta)
+
+    def _is_planned(self, history: History) -> bool:
+        """Return whether these steps are among those of a plan that is within the limits: then ε is too."""
+        if self._plan is None or not self._plan.fits:
+            return False
+        planned = {(noise, rate): steps for noise, rate, steps in self._plan.history}
+        return all(steps <= planned.get((noise, rate), 0) for noise, rate, steps in history)
+
+    def _write_policy(self, run: str, multiplier: float, *, rounds: int, rate: float, steps: int) -> Mapping[str, Any]:
+        """Write a run's first line and return its body; later calls of the same run go by it."""
+        before = _history(self._releases()) if self._is_known(None) else None
+        body = {
+            "run": run,
+            "unit": "example",
+            "noise-multiplier": written_number(multiplier),
+            "delta": written_number(self.delta),
+            "examples": self.size,
+            "rate": written_number(rate),
+            "steps": steps,
+            "rounds": rounds,
+            "before": [[written_number(noise), written_number(q), count] for noise, q, count in before or ()],
+        }
+        return self._ledger.append("run.policy", body).body
+
+    def _planned(
+        self, policy: Mapping[str, Any], multiplier: float, *, rounds: int, rate: float, steps: int, limit: float
+    ) -> _Plan:
+        """Return what the run's rounds cost on top of what the ledger held when it began."""
+        before = tuple((read_number(noise), read_number(q), int(count)) for noise, q, count in policy["before"])
+        history = _merged((*before, (multiplier, rate, rounds * steps)))
+        least = min(limit, self.max_epsilon)
+        fits = least == math.inf or composed_epsilon(history, self.delta) <= least
+        return _Plan(history=history, limit=limit, fits=fits)
+
+
+def _short(run: str) -> str:
+    """Return a run's name as part of a file's."""
+    return hashlib.sha256(run.encode()).hexdigest()[:12]
+
+
+def _same_but_update(one: Release, other: Release) -> bool:
+    """Return whether two releases are of one round, whatever the update's hash."""
+    bodies = []
+    for each in (one, other):
+        kept = {name: value for name, value in each.evidence.items() if name != _UPDATE}
+        bodies.append(replace(each, evidence=kept).to_body())
+    return bool(bodies[0] == bodies[1])
+
+
+# -- epsilon -------------------------------------------------------------------------------------------------------
+
+
+def _history(releases: Iterable[Release]) -> History | None:
+    """Return the releases as steps of DP-SGD; ``None`` where one is anything else: its ε is infinite."""
+    steps = []
+    for each in releases:
+        drawn = each.sampling
+        rate = drawn.rate if drawn.method == "poisson" else 1.0
+        known = (each.what, each.unit, each.adjacency, each.mechanism) == (
+            "update",
+            "example",
+            "add-remove",
+            "gaussian",
+        )
+        known = known and not each.unknown and each.matrix is None and drawn.method in ("poisson", "everyone")
+        if not (known and 0 < rate <= 1 and 0 < (noise := _multiplier(each)) < math.inf):
+            return None
+        steps.append((noise, rate, each.steps))
+    return _merged(steps)
+
+
+def _multiplier(release: Release) -> float:
+    """Return σ/Δ; of one query as it was divided, without another rounding."""
+    if len(release.queries) == 1 and release.queries[0].sensitivity_l2 > 0:
+        return release.queries[0].stddev / release.queries[0].sensitivity_l2
+    return release.noise_multiplier if all(query.sensitivity_l2 > 0 for query in release.queries) else 0.0
+
+
+def _merged(steps: Iterable[tuple[float, float, int]]) -> History:
+    """Return steps with equal numbers as one; what is composed has no order."""
+    counts: dict[tuple[float, float], int] = {}
+    for noise, rate, count in steps:
+        key = (float(f"{noise:.12g}"), rate)  # a quotient that rounds back is the same noise
+        counts[key] = counts.get(key, 0) + count
+    return tuple((noise, rate, count) for (noise, rate), count in sorted(counts.items()) if count)
+
+
+@lru_cache(maxsize=4096)
+def composed_epsilon(history: History, delta: float) -> float:
+    """Return ε at ``delta`` of the steps together, an upper bound under adding or removing an example.
+
+    Raises:
+        DependencyError: Opacus is not installed.
+
+    >>> composed_epsilon((), 1e-5)
+    0.0
+    """
+    if not history:
+        return 0.0
+    bound = _rdp(history, delta, _ORDERS)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of logarithms of zero at the ends of PRV's domain, and of RDP's last order
+        found = math.inf
+        if bound < _MOST_PRV:
+            try:
+                found = _prv(history, delta)
+            except (ArithmeticError, MemoryError, RuntimeError, ValueError):
+                found = math.inf
+    if not math.isfinite(found):
+        found = min(bound, _rdp(history, delta, None))
+    return math.inf if math.isnan(found) else max(found, 0.0)
+
+
+def _prv(history: History, delta: float) -> float:
+    """Return Opacus' PRV figure, its domain from RDP at whole orders: the same ε in a fifth of the time."""
+    from opacus.accountants import PRVAccountant
+    from opacus.accountants.analysis.prv import Domain
+
+    class Accountant(PRVAccountant):  # type: ignore[misc]
+        def _get_domain(
+            self, *, prvs: Any, num_self_compositions: list[int], eps_error: float, delta_error: float
+        ) -> Any:
+            del prvs
+            total = sum(num_self_compositions)
+            once = max(_rdp(((z, q, 1),), delta_error / (8 * total), _ORDERS) for z, q, _ in self.history)
+            size = max(_rdp(tuple(self.history), delta_error / 4, _ORDERS), once, eps_error) + 3
+            mesh = eps_error / math.sqrt(total * math.log(12 / delta_error) / 2)
+            return Domain.create_aligned(-size, size, mesh)
+
+    accountant = Accountant()
+    accountant.history = list(history)
+    return float(accountant.get_epsilon(delta))
+
+
+def _rdp(history: History, delta: float, orders: tuple[int, ...] | None) -> float:
+    """Return Opacus' RDP figure at these orders; ``None``: at its own, fractional ones included, which is slow."""
+    try:
+        from opacus.accountants import RDPAccountant
+    except ModuleNotFoundError as error:
+        raise DependencyError("opacus", "example-privacy", 'privacy.unit = "example"') from error
+    accountant = RDPAccountant()
+    accountant.history = list(history)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # it warns where the best order is the last one; the figure is a bound all the same
+        found = float(accountant.get_epsilon(delta, alphas=None if orders is None else list(orders)))
+    return math.inf if math.isnan(found) else found
+
+
+@lru_cache(maxsize=4096)
+def _calibrated(before: History, rate: float, steps: int, delta: float, target: float) -> float | None:
+    """Return a noise multiplier with which ``steps`` on top of ``before`` cost between 99 % and all of ``target``.
+
+    ``None`` where no noise is enough. Bisection by RDP, which is quick and above PRV; then secants on PRV, since log ε
+    is nearly straight in log noise.
+    """
+
+    def spent(logarithm: float) -> float:
+        return composed_epsilon(_merged((*before, (math.exp(logarithm), rate, steps))), delta)
+
+    low, high = math.log(1e-3), math.log(_MOST_NOISE)
+    while high - low > 0.05:
+        middle = (low + high) / 2
+        if _rdp(_merged((*before, (math.exp(middle), rate, steps))), delta, _ORDERS) <= target:
+            high = middle
+        else:
+            low = middle
+    good, cost = high, spent(high)
+    if cost > target:  # RDP found nothing: what was spent before may leave too little
+        good, cost = math.log(_MOST_NOISE), spent(math.log(_MOST_NOISE))
+        if cost > target:
+            return None
+    bad, slope = -math.inf, -1.2
+    for _ in range(16):
+        if cost >= 0.99 * target or good - bad < 1e-3:
+            break
+        tried = good + math.log(0.996 * target / max(cost, 1e-9)) / slope
+        if not tried > bad:
+            tried = (good + bad) / 2
+        if (found := spent(tried)) <= target:
+            slope = min(-0.5, math.log(max(found, 1e-9) / max(cost, 1e-9)) / (tried - good))
+            good, cost = tried, found
+        else:
+            bad = tried
+    return math.exp(good)

@@ -1,0 +1,164 @@
+"""What a run under client-level privacy will release, decided before it does: the noise, the draws, the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fedlearn.config import RunConfig
+from fedlearn.privacy.accounting import calibrate, check_delta, default_delta, epsilon, would_exceed
+from fedlearn.privacy.matrix import choose_bands, sensitivity, square_root_coefficients
+from fedlearn.privacy.mechanisms import AdaptiveGaussian, DpFtrl, Gaussian, Mechanism
+from fedlearn.privacy.releases import Matrix, Query, Release, Sampling
+
+__all__ = ["PrivacyPlan", "plan_privacy"]
+
+_EVALUATION_RATIO = 3.0
+"""How much more noise an evaluation has than a round: it needs one digit, and so costs about a ninth of a round."""
+
+_CHECK_INTERVAL = 1e-3
+"""The accountant's grid while a run goes on: an upper bound like any, in a tenth of the time of the final figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """All that will be released to hide clients, as numbers.
+
+    Attributes:
+        config: the run.
+        delta: the probability with which the promise may fail, below 1/population.
+        noise_multiplier: σ/Δ of a round; under dp-ftrl of all rounds together.
+        evaluated: the rounds after which clients measure the model, each a release of its own.
+        earlier: what was released in earlier runs on the same clients.
+    """
+
+    config: RunConfig
+    delta: float
+    noise_multiplier: float
+    evaluated: tuple[int, ...] = ()
+    earlier: tuple[Release, ...] = ()
+
+    @property
+    def rate(self) -> float:
+        """The probability with which a client is invited to a round; 1 for all clients."""
+        return self.config.federation.cohort / self.config.federation.clients
+
+    @property
+    def evaluation_noise_multiplier(self) -> float:
+        """The σ/Δ of one evaluation."""
+        return _EVALUATION_RATIO * self.noise_multiplier
+
+    def mechanism(self, instance: str) -> Mechanism:
+        """Return what turns the sum of a round into a release; ``instance`` names this run."""
+        privacy, federation = self.config.privacy, self.config.federation
+        if privacy.mechanism == "dp-ftrl":
+            return DpFtrl(
+                noise_multiplier=self.noise_multiplier,
+                bound_l2=privacy.bound_l2,
+                rounds=federation.rounds,
+                min_separation=privacy.min_separation or 1,
+                instance=instance,
+            )
+        if privacy.adaptive_clipping:
+            return AdaptiveGaussian(
+                noise_multiplier=self.noise_multiplier, bound_l2=privacy.bound_l2, expected_cohort=federation.cohort
+            )
+        return Gaussian(noise_multiplier=self.noise_multiplier, bound_l2=privacy.bound_l2)
+
+    def releases(self, after: int = 0, instance: str = "planned") -> list[Release]:
+        """Return what the rounds after round ``after`` will release."""
+        return [
+            each
+            for number in range(after + 1, self.config.federation.rounds + 1)
+            for each in self.releases_of_round(number, instance)
+        ]
+
+    def releases_of_round(self, number: int, instance: str = "planned") -> list[Release]:
+        """Return what round ``number`` will release: the model, and an evaluation where there is one."""
+        found = [self._model(number, instance)]
+        if number in self.evaluated:
+            found.append(self._evaluation(number))
+        return found
+
+    def epsilon(self, released: Sequence[Release] = (), after: int = 0) -> float:
+        """Return the epsilon at the end of the run, when ``released`` has left and rounds go on after ``after``."""
+        return epsilon([*self.earlier, *released, *self.releases(after)], self.delta, interval=_CHECK_INTERVAL)
+
+    def without_amplification(self) -> PrivacyPlan:
+        """Return the same plan for an adversary who knows who is invited to each round."""
+        privacy = replace(self.config.privacy, amplification="none")
+        return replace(self, config=replace(self.config, privacy=privacy))
+
+    def would_exceed(self, released: Sequence[Release], following: Sequence[Release]) -> bool:
+        """Return whether ``following``, after all that was released, would bring epsilon above the budget."""
+        budget = self.config.privacy.budget
+        if budget is None:
+            return False
+        return would_exceed([*self.earlier, *released], following, budget, self.delta)
+
+    def _model(self, number: int, instance: str) -> Release:
+        """Return the release of one round's model, for a sensitivity of 1."""
+        privacy = self.config.privacy
+        stddev, matrix = self.noise_multiplier, None
+        if privacy.mechanism == "dp-ftrl":
+            rounds, separation = self.config.federation.rounds, privacy.min_separation or 1
+            coefficients = square_root_coefficients(choose_bands(rounds, separation))
+            stddev *= sensitivity(coefficients, rows=rounds, min_separation=separation)
+            matrix = Matrix(instance=instance, row=number - 1, coefficients=coefficients, min_separation=separation)
+        return self._release("model", number, Query(name="update", sensitivity_l2=1.0, stddev=stddev), matrix)
+
+    def _evaluation(self, number: int) -> Release:
+        """Return the release of one evaluation, for a sensitivity of 1."""
+        query = Query(name="metrics", sensitivity_l2=1.0, stddev=self.evaluation_noise_multiplier)
+        return replace(self._release("evaluation", number, query, None), mechanism="gaussian")
+
+    def _release(self, what: str, number: int, query: Query, matrix: Matrix | None) -> Release:
+        """Return a release as it is planned."""
+        claimed = self.config.privacy.amplification == "poisson"
+        unclaimed = "everyone" if matrix is None else "separated"
+        return Release(
+            what=what,
+            round_number=number,
+            unit="client",
+            adjacency=self.adjacency,
+            mechanism=self.config.privacy.mechanism,
+            queries=(query,),
+            sampling=Sampling(
+                method="poisson" if claimed else unclaimed,
+                rate=self.rate if claimed else 1.0,
+                population=self.config.federation.clients,
+            ),
+            matrix=matrix,
+            simulated=False,
+        )
+
+    @property
+    def adjacency(self) -> str:
+        """What neighbouring populations are: under a Poisson draw one client more or less, else one that gives zero."""
+        return "add-remove" if self.config.privacy.amplification == "poisson" else "zero-out"
+
+
+def plan_privacy(config: RunConfig, *, evaluated: Sequence[int] = (), earlier: Sequence[Release] = ()) -> PrivacyPlan:
+    """Return the plan of a run with ``privacy.unit = "client"``: its noise is the least that meets the target.
+
+    Raises:
+        ConfigError: the target cannot be met, or delta is at least 1/N.
+        DependencyError: dp-accounting is not installed.
+    """
+    privacy, clients = config.privacy, config.federation.clients
+    delta = default_delta(clients) if privacy.delta == "auto" else privacy.delta
+    check_delta(delta, clients)
+    plan = PrivacyPlan(
+        config=config, delta=delta, noise_multiplier=math.inf, evaluated=tuple(evaluated), earlier=tuple(earlier)
+    )
+    if privacy.noise_multiplier is not None:
+        return replace(plan, noise_multiplier=privacy.noise_multiplier)
+    target = privacy.target_epsilon
+    if target is None:
+        raise ValueError("a run with privacy.unit = 'client' has a target epsilon or a noise multiplier")
+
+    def planned(noise_multiplier: float) -> list[Release]:
+        return [*plan.earlier, *replace(plan, noise_multiplier=noise_multiplier).releases()]
+
+    return replace(plan, noise_multiplier=calibrate(planned, target, delta, unit="client"))
