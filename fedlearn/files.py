@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedlearn.errors import RunFailedError
 
-__all__ = ["TEMPORARY", "write_atomic"]
+__all__ = ["TEMPORARY", "data_home", "write_atomic"]
 
 TEMPORARY = ".tmp"
 """How a file ends that a crash left half written; its name begins with a dot."""
@@ -40,6 +40,12 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def data_home() -> Path:
+    """Return the user's folder for what fedlearn keeps where nobody named a place."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "fedlearn"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -138,12 +138,15 @@ def _promise(setting: _Setting) -> dict[str, Any]:
     if privacy.unit == "example":
         return {**said, "epsilon": privacy.target_epsilon or "inf"}
     from fedlearn.federation.journal import earlier_releases
+    from fedlearn.learning.validators import check_private
     from fedlearn.privacy.plan import plan_privacy
 
     evaluated = setting.rounds_evaluated if setting.asks_clients else []
+    check_private(setting.model.module, unit="client")
     plan = plan_privacy(setting.config, evaluated=evaluated, earlier=earlier_releases(setting.config))
     return {
         **said,
+        "mechanism": plan.mechanism("planned").name,
         "epsilon": plan.epsilon(),
         "epsilon_without_amplification": plan.without_amplification().epsilon(),
         "delta": plan.delta,
@@ -219,6 +222,8 @@ def _request_bytes(setting: _Setting, rounds: Sequence[int]) -> int:
                 attempt=1,
                 proximal_mu=setting.algorithm.proximal_mu,
                 spec_sha256=spec.sha256,
+                bound_l2=setting.config.privacy.bound_l2 if setting.config.privacy.unit == "client" else None,
+                run=32 * "0",
             )
             of_length[length] = size_bytes(request_records(vector, plan))
         total += of_length[length]

@@ -59,6 +59,7 @@ class RoundPlan:
         proximal_mu: FedProx's μ, 0 for none.
         spec_sha256: the hash of the model's ``ParamSpec``; the client compares it with its own model's.
         bound_l2: the clipping norm of this round's updates; ``None`` where they are not clipped.
+        run: the run's own name, by which clients tell its releases from those of others.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class RoundPlan:
     proximal_mu: float
     spec_sha256: str
     bound_l2: float | None = None
+    run: str = ""
 
     @property
     def group(self) -> str:
@@ -91,6 +93,7 @@ class RoundPlan:
             "proximal-mu": self.proximal_mu,
             "spec": self.spec_sha256,
             "bound-l2": self.bound_l2,
+            "run": self.run,
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
@@ -110,6 +113,7 @@ class RoundPlan:
                 proximal_mu=float(body["proximal-mu"]),
                 spec_sha256=str(body["spec"]),
                 bound_l2=None if body["bound-l2"] is None else float(body["bound-l2"]),
+                run=str(body["run"]),
             )
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigError) as error:
             raise ReplyError(FailureCode.BAD_REQUEST, "the round's plan is not readable") from error

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 
 from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
-from fedlearn.learning import Evaluation, Trained
+from fedlearn.learning import Evaluation, Examples, FlatModel, Task, Trained
+from fedlearn.learning.account import ClientAccount
+from fedlearn.learning.dpsgd import DpSgd, planned_release, private_steps, sample_rate, train_private
 from fedlearn.privacy.clipping import ClippedUpdate, Update, clip
+from fedlearn.privacy.noise import Noise
+from fedlearn.sources import SeedTree
 
-__all__ = ["clipped_update", "evaluation_numbers", "trained_part", "training_numbers"]
+__all__ = ["clipped_update", "evaluation_numbers", "train_hiding_examples", "trained_part", "training_numbers"]
 
 
 def clipped_update(plan: RoundPlan, trained: Trained, spec: ParamSpec) -> ClippedUpdate:
@@ -32,6 +39,70 @@ def clipped_update(plan: RoundPlan, trained: Trained, spec: ParamSpec) -> Clippe
     share = min(trained.num_examples, training.max_examples) / training.max_examples
     scaled = (clipped.vector.astype(np.float64) * share).astype(clipped.vector.dtype)
     return ClippedUpdate(vector=scaled, bound_l2=clipped.bound_l2, within=clipped.within, finite=clipped.finite)
+
+
+def train_hiding_examples(
+    plan: RoundPlan,
+    model: FlatModel,
+    task: Task,
+    received: Vector,
+    examples: Examples,
+    *,
+    account: ClientAccount,
+    seeds: SeedTree,
+    noise: Noise,
+) -> Vector:
+    """Return an update that hides every example of a client, once the client's own ledger has it.
+
+    The ledger is asked before anything is trained, and has the release before the update leaves.
+
+    Args:
+        plan: what the round asks for.
+        model: a model of the task; its state is overwritten.
+        task: the learning problem.
+        received: the server's parameters, shape (d,).
+        examples: the client's training examples, at least two.
+        account: this client's ledger and its owner's limit.
+        seeds: this client's in this round.
+        noise: this client's in this round: secret on a device.
+
+    Raises:
+        ReplyError: ``budget-spent`` where the limit would be exceeded, ``refused`` where the promise cannot be kept.
+        TaskError: the model has a layer that cannot be trained so.
+    """
+    privacy, training = plan.config.privacy, plan.config.training
+    size, number = len(examples), plan.round_number
+    rate, steps = sample_rate(size, training), private_steps(size, training)
+    rounds = plan.config.federation.rounds
+    multiplier = account.noise_multiplier(privacy, run=plan.run, rounds=rounds, rate=rate, steps=steps)
+    dp = DpSgd(noise_multiplier=multiplier, bound_l2=privacy.bound_l2, mode=privacy.grad_sample_mode)
+    release = planned_release(
+        round_number=number,
+        size=size,
+        training=training,
+        dp=dp,
+        simulated=noise.simulated,
+        evidence={"run": plan.run, "model-before": hashlib.sha256(received.tobytes()).hexdigest()},
+    )
+    account.permit(release)
+    result = train_private(
+        model,
+        task,
+        received,
+        examples,
+        training,
+        proximal_mu=plan.proximal_mu,
+        dp=dp,
+        seeds=seeds,
+        noise=noise,
+        velocity=account.velocity_before(plan.run, number),
+    )
+    vector = result.trained.update.vector
+    evidence = {**release.evidence, "update": hashlib.sha256(vector.tobytes()).hexdigest()}
+    account.record(replace(release, evidence=evidence))
+    if result.velocity is not None:
+        account.keep_velocity(plan.run, number, result.velocity)
+    return vector
 
 
 def trained_part(vector: Vector, spec: ParamSpec) -> Vector:

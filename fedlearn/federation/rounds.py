@@ -110,7 +110,7 @@ class Federation:
         self.model: FlatModel = build_flat_model(task, self.seeds.child("initialise"))
         self.test = central_test(task, config)
         if config.privacy.unit != "none":
-            check_private(self.model.module, unit=config.privacy.unit)
+            check_private(self.model.module, unit=config.privacy.unit, mode=config.privacy.grad_sample_mode)
         self.journal = RunJournal(folder.path, config, self.model.spec, noise=noise, evaluated=self._evaluated_rounds())
         self.estimator = self.journal.estimator
         self._silent_rounds = 0
@@ -397,6 +397,7 @@ class Federation:
             proximal_mu=self.algorithm.proximal_mu,
             spec_sha256=self.model.spec.sha256,
             bound_l2=self.estimator.bound_l2(state),
+            run=self.journal.instance,
         )
 
     def _parameters(self, state: RunState) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from fedlearn.federation.checkpoint import RunState
 from fedlearn.federation.journal import earlier_releases
 from fedlearn.federation.run_folder import RunFolder, series
 from fedlearn.learning import FlatModel
-from fedlearn.privacy.accounting import epsilon
+from fedlearn.privacy.accounting import QUICK, epsilon
 from fedlearn.privacy.ledger import Head, read_events, releases_of
 from fedlearn.privacy.releases import read_number
 
@@ -79,12 +79,33 @@ def _privacy(folder: RunFolder) -> dict[str, Any]:
         said["delta"] = delta
         said["epsilon"] = _finite_or_inf(epsilon(releases, delta, unit="client"))
         said["noise_multiplier"] = read_number(policy["noise-multiplier"])
+    if privacy.unit == "example":
+        said.update(_of_clients(folder))
     if privacy.unit != "none":
         said["budget"] = privacy.budget
         said["simulated"] = bool(events[0].body["simulated"])
     if last.kind == "run.close" and last.body["reason"] != "finished":
         said["stopped"] = last.body["reason"]
     return {**said, "ledger": {"lines": head.count, "sha256": head.sha256}}
+
+
+def _of_clients(folder: RunFolder) -> dict[str, Any]:
+    """Return the largest epsilon of the simulated clients' own ledgers, how many there are, and their least noise."""
+    spent, noises = [], []
+    for path in sorted((folder.path / "clients").glob("*/ledger.jsonl")):
+        events = read_events(path)
+        noises += [read_number(event.body["noise-multiplier"]) for event in events if event.kind == "run.policy"]
+        delta = max(read_number(event.body["delta"]) for event in events if event.kind == "run.policy")
+        spent.append((epsilon(releases_of(events), delta, unit="example", interval=QUICK), delta))
+    if not spent:
+        return {}
+    largest, delta = max(spent)
+    return {
+        "epsilon": _finite_or_inf(largest),
+        "delta": delta,
+        "noise_multiplier": min(noises),
+        "accounted_clients": len(spent),
+    }
 
 
 def _finite_or_inf(value: float) -> float | str:

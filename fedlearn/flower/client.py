@@ -18,10 +18,13 @@ from fedlearn.config import RunConfig
 from fedlearn.data.loaders import Distribution, distribute_data
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
-from fedlearn.federation.policy import clipped_update, evaluation_numbers, training_numbers
+from fedlearn.federation.policy import clipped_update, evaluation_numbers, train_hiding_examples, training_numbers
+from fedlearn.files import data_home
 from fedlearn.flower.records import evaluate_reply_records, read_vector, refusal, train_reply_records
 from fedlearn.learning import ClientData, build_flat_model, computing, evaluate, train
-from fedlearn.sources import SeedTree
+from fedlearn.learning.account import ClientAccount
+from fedlearn.privacy.noise import Noise, SecureNoise, SimulatedNoise
+from fedlearn.sources import SecureRandom, SeedTree
 from fedlearn.tasks import load_task
 
 __all__ = ["build_client_app", "prepare_clients"]
@@ -102,7 +105,17 @@ def _train(message: Message, context: Context) -> RecordDict:
         raise ReplyError(FailureCode.NO_DATA, "no training examples")
     seeds = site.seeds.child("round", plan.round_number, "client", _client_id(context))
     if plan.config.privacy.unit == "example":
-        return train_reply_records(_train_privately(site, plan, received, examples, context), {})
+        update = train_hiding_examples(
+            plan,
+            site.model,
+            site.task,
+            received,
+            examples,
+            account=_account(plan, len(examples), context),
+            seeds=seeds,
+            noise=_noise(seeds, context),
+        )
+        return train_reply_records(update, {})
     trained = train(
         site.model,
         site.task,
@@ -120,6 +133,29 @@ def _train(message: Message, context: Context) -> RecordDict:
     if not np.isfinite(trained.update.vector).all() or not np.isfinite(trained.mean_loss):
         raise ReplyError(FailureCode.NOT_FINITE, "local training diverged; a lower learning rate may help")
     return train_reply_records(trained.update.vector, training_numbers(plan, trained, None))
+
+
+def _account(plan: RoundPlan, size: int, context: Context) -> ClientAccount:
+    """Return this client's own ledger, and what its owner permits: the node's configuration says both."""
+    told, client = context.node_config, str(_client_id(context))
+    if "ledger-path" in told:
+        path = Path(str(told["ledger-path"]))
+    elif "ledger-folder" in told:  # of a simulation: a folder for every client
+        path = Path(str(told["ledger-folder"])) / client / "ledger.jsonl"
+    else:
+        device = "data-path" in told
+        path = data_home() / "clients" / (client if device else f"{plan.run}-{client}") / "ledger.jsonl"
+    limit = told.get("max-epsilon")
+    return ClientAccount(
+        path, size=size, delta=plan.config.privacy.delta, max_epsilon=None if limit is None else float(limit)
+    )
+
+
+def _noise(seeds: SeedTree, context: Context) -> Noise:
+    """Return this client's noise: the system's on a device, the seed's in a simulation."""
+    if "data-path" in context.node_config:
+        return SecureNoise(SecureRandom())
+    return SimulatedNoise(seeds.child("privacy"))
 
 
 def _evaluate(message: Message, context: Context) -> RecordDict:

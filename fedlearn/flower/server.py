@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fedlearn.errors import ConfigError, RunFailedError
 from fedlearn.federation.rounds import Federation, Observer, SilentObserver
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.federation.summary import finish
+from fedlearn.files import data_home
 from fedlearn.flower.network import GridNetwork, is_simulation_runtime
 from fedlearn.privacy.noise import Noise, SecureNoise, SimulatedNoise
 from fedlearn.scenario import read_scenario
@@ -78,7 +78,7 @@ def _open_folder(context: Context) -> RunFolder:
     config = _config(options)
     if config.faults.drop:
         raise ConfigError("faults.drop", "only `fedlearn simulate` breaks things on purpose; leave it out here")
-    out = Path(str(options.get("out") or _data_home() / f"flower-{context.run_id}")).expanduser()
+    out = Path(str(options.get("out") or data_home() / "runs" / f"flower-{context.run_id}")).expanduser()
     if not out.is_absolute():  # what it would be relative to is where Flower's SuperLink was once started
         raise ConfigError("out", f"must be an absolute path, not {out}: Flower's runtime works in another folder")
     return RunFolder.create(out, config)
@@ -95,9 +95,3 @@ def _scenario(name: str) -> str:
     """Return a scenario's path or a task; a file that is not here is looked for where Flower unpacks a bundle."""
     bundled = Path(__file__).resolve().parents[2] / name
     return str(bundled) if not Path(name).exists() and bundled.is_file() else name
-
-
-def _data_home() -> Path:
-    """Return where runs go that were started without a folder (Flower's runtime has no useful working folder)."""
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(base) / "fedlearn" / "runs"

@@ -26,6 +26,9 @@ _NOISE_OF_ONE_STEP = 1e-15
 _LEAST_LOSS = 1e-5
 """Below this loss of one step, dp_accounting's Rényi divergences drown in rounding; negative ones it takes for zero."""
 
+_FINEST = 1e-6
+"""A grid below it would divide differences of probabilities that are mostly rounding."""
+
 _LARGE = 1000.0
 """An epsilon above which it no longer matters that the grid has become coarse, and Rényi's bound may be the better."""
 
@@ -142,7 +145,7 @@ def _grid(spending: Spending, interval: float) -> float:
         single = max(single, _largest_loss(Draws(1.0, spending.noise_multiplier)))
     mean += spending.gaussian / 2
     span = single + 2 * mean + 16 * math.sqrt(2 * mean)
-    wanted = max(min(interval, typical / 10), interval * single / 20, interval * span / 400)
+    wanted = max(min(interval, typical / 10), interval * single / 20, interval * span / 400, _FINEST)
     return math.ldexp(interval, math.ceil(math.log2(wanted / interval)))
 
 

@@ -1,7 +1,8 @@
 """Epsilon, computed from releases alone: whoever holds a ledger gets the same number.
 
-What a release spends is decided in ``fedlearn.privacy.spending``; whatever is not known is infinite. Epsilon is an upper
-bound, at the δ asked for, under the adjacency that the releases name. Nothing here looks at whether noise was ``simulated``: then it is what a real run would have spent.
+What a release spends is decided in ``fedlearn.privacy.spending``; whatever is not known is infinite. Epsilon is an
+upper bound, at the δ asked for, under the adjacency that the releases name. Nothing here looks at whether noise was
+``simulated``: then epsilon is what a real run would have spent.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ _HIDES: dict[Unit, tuple[Unit, ...]] = {"none": (), "example": ("example", "clie
 _LEAST_NOISE = 1e-3
 """A noise multiplier below it counts as none: epsilon would be above 500,000."""
 
+_LEAST_RATE = 1e-9
+"""A smaller probability counts as this one, and more noise than ``_MOST_NOISE`` as that much: both can only add."""
+
 _MOST_NOISE = 1e6
 _MOST_ROWS = 1_000_000
 
@@ -94,7 +97,7 @@ class Account:
         elif release.matrix is not None:
             self._sequences.setdefault(release.matrix.instance, []).append(release)
         elif sampling.method == "poisson" and sampling.rate < 1:
-            self._sampled[Draws(sampling.rate, noise, replaced)] += release.steps
+            self._sampled[Draws(max(sampling.rate, _LEAST_RATE), noise, replaced)] += release.steps
         else:
             self._plain.append(release.steps * noise**-2)
 
@@ -134,7 +137,7 @@ def _is_known(release: Release) -> bool:
         and release.mechanism in ("gaussian", "dp-ftrl")
         and (release.matrix is not None) == (release.mechanism == "dp-ftrl")
         and (release.steps >= 1 if release.matrix is None else release.steps == 1)
-        and len(numbers) > 0
+        and (len(release.queries) >= 1 if release.matrix is None else len(release.queries) == 1)
         and all(0 < number < math.inf for number in numbers)
         and _draw_bears(release.sampling, release.adjacency)
     )
