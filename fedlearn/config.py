@@ -275,6 +275,9 @@ class RunConfig:
         self._settle_sampling()
         if self.privacy.unit == "client":
             self._settle_client_privacy()
+        if self.privacy.unit == "example" and self.federation.evaluation in ("federated", "both"):
+            reason = "what clients measure would leave un-noised"
+            raise ConfigError("federation.evaluation", f'must be "central" or "off" under "example": {reason}')
 
     def _settle_weighting(self) -> None:
         """Say what ``auto`` means, and refuse to send a number of examples that privacy covers."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedlearn.cli.rendering import console, echo_json, table
 from fedlearn.errors import FedlearnError
-from fedlearn.federation.rounds import Observer
+from fedlearn.federation.observer import Observer
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.scenario import read_scenario
 from fedlearn.simulation.engine import simulate

@@ -53,15 +53,14 @@ class _Setting:
     @property
     def rounds_evaluated(self) -> list[int]:
         """The rounds after which the model is measured: every so many, and the last."""
-        federation = self.config.federation
-        return sorted(
-            {*range(federation.evaluate_every, federation.rounds + 1, federation.evaluate_every), federation.rounds}
-        )
+        from fedlearn.federation.validation import is_measured
+
+        return [each for each in range(1, self.config.federation.rounds + 1) if is_measured(self.config, each)]
 
     @property
     def asks_clients(self) -> bool:
         """Whether clients evaluate."""
-        from fedlearn.federation.rounds import asks_clients
+        from fedlearn.federation.validation import asks_clients
 
         return asks_clients(self.config, self.test)
 
@@ -75,7 +74,7 @@ def _setting(config: RunConfig) -> _Setting:
     """Load the task and its data and build its model, as a run would begin."""
     from fedlearn.algorithms import build_algorithm
     from fedlearn.data.loaders import distribute_data
-    from fedlearn.federation.rounds import central_test
+    from fedlearn.federation.validation import central_test
     from fedlearn.learning import build_flat_model
     from fedlearn.sources import SeedTree
     from fedlearn.tasks import load_task
@@ -131,18 +130,21 @@ def _spread(numbers: Sequence[int]) -> dict[str, float]:
 
 def _promise(setting: _Setting) -> dict[str, Any]:
     """Return what the run would promise and spend, under each assumption about how its cohorts are drawn."""
+    from fedlearn.learning import check_prepare
+    from fedlearn.learning.validators import check_private
+
     privacy = setting.config.privacy
     if privacy.unit == "none":
         return {"unit": "none", "epsilon": "inf"}
     said: dict[str, Any] = {"unit": privacy.unit, "trust": privacy.trust, "budget": privacy.budget}
+    check_private(setting.model.module, unit=privacy.unit, mode=privacy.grad_sample_mode)
     if privacy.unit == "example":
+        check_prepare(setting.task)
         return {**said, "epsilon": privacy.target_epsilon or "inf"}
     from fedlearn.federation.journal import earlier_releases
-    from fedlearn.learning.validators import check_private
     from fedlearn.privacy.plan import plan_privacy
 
     evaluated = setting.rounds_evaluated if setting.asks_clients else []
-    check_private(setting.model.module, unit="client")
     plan = plan_privacy(setting.config, evaluated=evaluated, earlier=earlier_releases(setting.config))
     return {
         **said,

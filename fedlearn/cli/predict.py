@@ -102,9 +102,9 @@ class FinishedRun:
     @property
     def prepares(self) -> bool:
         """Whether the task prepares each client's data, so that the model knows no other."""
-        from fedlearn.learning import Task
+        from fedlearn.learning import prepares
 
-        return type(self.task).prepare is not Task.prepare
+        return prepares(self.task)
 
     def warnings(self) -> list[str]:
         """Return what whoever uses the model should know of the run."""

@@ -10,7 +10,7 @@ import numpy as np
 from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
-from fedlearn.learning import Evaluation, Examples, FlatModel, Task, Trained
+from fedlearn.learning import Evaluation, Examples, FlatModel, Task, Trained, check_prepare
 from fedlearn.learning.account import ClientAccount
 from fedlearn.learning.dpsgd import DpSgd, planned_release, private_steps, sample_rate, train_private
 from fedlearn.privacy.clipping import ClippedUpdate, Update, clip
@@ -68,8 +68,9 @@ def train_hiding_examples(
 
     Raises:
         ReplyError: ``budget-spent`` where the limit would be exceeded, ``refused`` where the promise cannot be kept.
-        TaskError: the model has a layer that cannot be trained so.
+        TaskError: the model has a layer that cannot be trained so, or the task puts one example into others.
     """
+    check_prepare(task)
     privacy, training = plan.config.privacy, plan.config.training
     size, number = len(examples), plan.round_number
     rate, steps = sample_rate(size, training), private_steps(size, training)

@@ -10,69 +10,30 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlearn.algorithms import Algorithm, ServerState, build_algorithm
 from fedlearn.config import RunConfig
-from fedlearn.errors import ConfigError, RoundFailedError, RunFailedError, RunUnreadableError, TaskError, UsageError
+from fedlearn.errors import RoundFailedError, RunFailedError, RunUnreadableError, TaskError, UsageError
 from fedlearn.federation.checkpoint import RunState, Totals
 from fedlearn.federation.estimation import PrivateMean, Realised, Tally
 from fedlearn.federation.journal import RunJournal
 from fedlearn.federation.messages import EvaluateReply, Failure, FailureCode, Network, Reply, Request, RoundPlan
+from fedlearn.federation.observer import Observer
 from fedlearn.federation.run_folder import RunFolder
-from fedlearn.learning import Examples, FlatModel, Task, build_flat_model, computing, evaluate
+from fedlearn.federation.validation import Validation, asks_clients, central_test, client_means, is_measured
+from fedlearn.learning import FlatModel, Task, build_flat_model, check_prepare, evaluate
 from fedlearn.learning.task import task_code
 from fedlearn.learning.validators import check_private
 from fedlearn.privacy.noise import Noise
-from fedlearn.privacy.releases import Release
 from fedlearn.privacy.sampling import Draw
 from fedlearn.sources import Clock, SeedTree
 
-__all__ = ["Federation", "Observer", "SilentObserver", "Validation", "asks_clients", "central_test"]
-
-
-class Observer(Protocol):
-    """Whoever watches a run."""
-
-    def replied(self, round_number: int, done: int, total: int) -> None:
-        """One more of ``total`` clients is accounted for."""
-
-    def finished_round(self, line: Mapping[str, Any]) -> None:
-        """A round is done and kept; ``line`` is its line of ``metrics.jsonl``."""
-
-
-class SilentObserver:
-    """Watches and says nothing."""
-
-    def replied(self, round_number: int, done: int, total: int) -> None:
-        """Do nothing."""
-
-    def finished_round(self, line: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """What was measured of a model.
-
-    Attributes:
-        metrics: the headline: central where there is a test set, else the clients'.
-        totals: the run's totals with what measuring cost.
-        federated_metrics: the clients', where both were asked for.
-        failures: the clients that could not say.
-        release: what the ledger says of it, where clients are hidden and measured it.
-    """
-
-    metrics: Mapping[str, float]
-    totals: Totals
-    federated_metrics: Mapping[str, float] = field(default_factory=dict)
-    failures: Mapping[int, Failure] = field(default_factory=dict)
-    release: Release | None = None
+__all__ = ["Federation"]
 
 
 class Federation:
@@ -110,6 +71,8 @@ class Federation:
         self.model: FlatModel = build_flat_model(task, self.seeds.child("initialise"))
         self.test = central_test(task, config)
         if config.privacy.unit != "none":
+            if config.privacy.unit == "example":
+                check_prepare(task)
             check_private(self.model.module, unit=config.privacy.unit, mode=config.privacy.grad_sample_mode)
         self.journal = RunJournal(folder.path, config, self.model.spec, noise=noise, evaluated=self._evaluated_rounds())
         self.estimator = self.journal.estimator
@@ -247,7 +210,7 @@ class Federation:
         }
         release = replace(estimate.release, evidence=evidence)
         state = self.journal.noted(replace(state, unmeasured=line), "round.release", release)
-        if self._is_measured(number) and self._asks_clients:  # the new model leaves to be measured
+        if is_measured(self.config, number) and self._asks_clients:  # the new model leaves to be measured
             self.folder.save_state(state)
             self.journal.commit(state)
         return state
@@ -256,7 +219,7 @@ class Federation:
         """Take the second half of a round: validate, and keep it."""
         started, number = self.clock.monotonic(), state.round_number
         measured = Validation(metrics={}, totals=state.totals)
-        if self._is_measured(number):
+        if is_measured(self.config, number):
             measured = self.validate(state)
         elapsed_s = self.clock.monotonic() - started
         totals, before = measured.totals.plus(wall_s=elapsed_s), state.totals
@@ -359,7 +322,7 @@ class Federation:
             elif isinstance(reply, EvaluateReply):
                 answers.append(reply)
         if not isinstance(self.estimator, PrivateMean):
-            return Validation(metrics=_means(answers), totals=totals, failures=failures)
+            return Validation(metrics=client_means(answers), totals=totals, failures=failures)
         names = tuple(self.task.metric_names)
         strangers = [each for each in answers if set(each.sums) != set(names)]
         failures.update({each.client: Failure(client=each.client, code=FailureCode.BAD_REPLY) for each in strangers})
@@ -373,11 +336,6 @@ class Federation:
         there = self.network.clients(federation.cohort, federation.round_timeout_s)
         return self.estimator.draw(there, purpose, number, attempt, state)
 
-    def _is_measured(self, number: int) -> bool:
-        """Return whether the model is measured after this round: after every so many, and after the last."""
-        federation = self.config.federation
-        return number % federation.evaluate_every == 0 or number == federation.rounds
-
     @property
     def _asks_clients(self) -> bool:
         """Whether clients measure the model."""
@@ -386,7 +344,7 @@ class Federation:
     def _evaluated_rounds(self) -> list[int]:
         """Return the rounds after which clients measure the model."""
         rounds = range(1, self.config.federation.rounds + 1)
-        return [number for number in rounds if self._is_measured(number)] if self._asks_clients else []
+        return [number for number in rounds if is_measured(self.config, number)] if self._asks_clients else []
 
     def _plan(self, number: int, attempt: int, state: RunState) -> RoundPlan:
         """Return what the clients of this try are told."""
@@ -403,46 +361,6 @@ class Federation:
     def _parameters(self, state: RunState) -> NDArray[Any]:
         """Return θ as it is sent, in the model's own type."""
         return state.server.params.astype(self.model.spec.dtype)
-
-
-def central_test(task: Task, config: RunConfig) -> Examples | None:
-    """Return the central test set, or ``None`` where it is not wanted or does not exist.
-
-    Raises:
-        ConfigError: it is asked for and the task has none.
-        DataError: it cannot be read.
-        TaskError: the task's ``load_test`` raised.
-    """
-    wanted, path = config.federation.evaluation, config.data.path
-    if wanted in ("off", "federated"):
-        return None
-    with task_code(task, "load_test"), computing(SeedTree.root(config.seed).child("load_test")):
-        test = task.load_test(Path(path) if path is not None else None)
-    if test is None and wanted in ("central", "both"):
-        raise ConfigError("federation.evaluation", f'"{wanted}" needs a central test set; this task has none')
-    return test
-
-
-def asks_clients(config: RunConfig, test: Examples | None) -> bool:
-    """Return whether clients validate: where they are asked to, or where nobody else could.
-
-    Where privacy is promised they are not asked unless the scenario says so: what they measure is a release.
-    """
-    wanted = config.federation.evaluation
-    if config.privacy.unit != "none":
-        return wanted in ("federated", "both")
-    return wanted in ("federated", "both") or (wanted == "auto" and test is None)
-
-
-def _means(replies: Sequence[EvaluateReply]) -> dict[str, float]:
-    """Return each metric's mean over all examples, and over each client's mean (``…_client_mean``)."""
-    sums: dict[str, list[tuple[float, int]]] = {}
-    for reply in replies:
-        for name, value in reply.sums.items():
-            sums.setdefault(name, []).append((value, reply.num_examples))
-    means = {name: sum(v for v, _ in each) / sum(n for _, n in each) for name, each in sums.items()}
-    means.update((f"{name}_client_mean", sum(v / n for v, n in each) / len(each)) for name, each in sums.items())
-    return means
 
 
 def _codes(failures: Mapping[int, Failure]) -> dict[str, str]:

@@ -11,7 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlearn.config import RunConfig
 from fedlearn.errors import ConfigError, RunFailedError
-from fedlearn.federation.rounds import Federation, Observer, SilentObserver
+from fedlearn.federation.observer import Observer, SilentObserver
+from fedlearn.federation.rounds import Federation
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.federation.summary import finish
 from fedlearn.files import data_home

@@ -1,7 +1,7 @@
 """Training on one client: the task, the flat model, the trainer."""
 
 from fedlearn.learning.model import FlatModel, build_flat_model, computing
-from fedlearn.learning.task import ClientData, Examples, Pool, Task
+from fedlearn.learning.task import ClientData, Examples, Pool, Task, check_prepare, prepares
 from fedlearn.learning.trainer import Evaluation, Trained, evaluate, local_steps, train
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "Task",
     "Trained",
     "build_flat_model",
+    "check_prepare",
     "computing",
     "evaluate",
     "local_steps",
+    "prepares",
     "train",
 ]

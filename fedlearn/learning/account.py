@@ -1,8 +1,7 @@
 """One client's own account: what its DP-SGD has cost so far, over rounds and runs, and what its owner permits.
 
-Epsilon is Opacus': its PRV accountant, or RDP where PRV cannot be computed or epsilon is large. It is a function of the
-whole ledger, so a new engine in every round cannot make twenty rounds cost one. The GDP accountant, which reports too
-little, is not used.
+Epsilon is a function of the whole ledger (``example_epsilon.py``), so that a new engine in every round cannot make
+twenty rounds cost one.
 """
 
 from __future__ import annotations
@@ -10,33 +9,25 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlearn.config import PrivacyConfig
-from fedlearn.errors import DependencyError, ReplyError
+from fedlearn.errors import ReplyError
 from fedlearn.files import write_atomic
+from fedlearn.learning.example_epsilon import History, calibrated, composed_epsilon, history_of, merged
 from fedlearn.privacy.ledger import Ledger
 from fedlearn.privacy.releases import Release, read_number, written_number
 
-__all__ = ["ClientAccount", "composed_epsilon"]
-
-History: TypeAlias = tuple[tuple[float, float, int], ...]
-"""Steps of DP-SGD as (noise multiplier, sample rate, how many), in ascending order, each pair once."""
+__all__ = ["ClientAccount"]
 
 _UPDATE = "update"
 """The name in a release's evidence of the hash of the update that left."""
-
-_MOST_NOISE = 1e4
-_ORDERS = (*range(2, 13), 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128, 256)
-_MOST_PRV = 64.0  # above, PRV takes minutes and gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +85,7 @@ class ClientAccount:
         """
         if release.simulated and any(_same_but_update(release, each) for each in self._releases()):
             return
-        history = _history((*self._releases(), release)) if self._is_known(release.simulated) else None
+        history = history_of((*self._releases(), release)) if self._is_known(release.simulated) else None
         limit = min(self.max_epsilon, self._plan.limit if self._plan else math.inf)
         if history is not None and (limit == math.inf or self._is_planned(history)):
             return
@@ -138,9 +129,9 @@ class ClientAccount:
         limit = math.inf if privacy.target_epsilon is None else privacy.target_epsilon
         if policy is None:
             multiplier = privacy.noise_multiplier
-            before = _history(self._releases()) if self._is_known(None) else None
+            before = history_of(self._releases()) if self._is_known(None) else None
             if multiplier is None and before is not None:
-                multiplier = _calibrated(before, rate, steps * rounds, self.delta, min(limit, self.max_epsilon))
+                multiplier = calibrated(before, rate, steps * rounds, self.delta, min(limit, self.max_epsilon))
             if multiplier is None:
                 raise ReplyError("budget-spent", f"no noise keeps epsilon within {min(limit, self.max_epsilon):g}")
             policy = self._write_policy(run, multiplier, rounds=rounds, rate=rate, steps=steps)
@@ -201,7 +192,7 @@ class ClientAccount:
 
     def _epsilon_with(self, more: tuple[Release, ...]) -> float:
         """Return ε of the ledger and ``more``."""
-        history = _history((*self._releases(), *more)) if self._is_known(None) else None
+        history = history_of((*self._releases(), *more)) if self._is_known(None) else None
         return math.inf if history is None else composed_epsilon(history, self.delta)
 
     def _is_planned(self, history: History) -> bool:
@@ -213,7 +204,7 @@ class ClientAccount:
 
     def _write_policy(self, run: str, multiplier: float, *, rounds: int, rate: float, steps: int) -> Mapping[str, Any]:
         """Write a run's first line and return its body; later calls of the same run go by it."""
-        before = _history(self._releases()) if self._is_known(None) else None
+        before = history_of(self._releases()) if self._is_known(None) else None
         body = {
             "run": run,
             "unit": "example",
@@ -232,7 +223,7 @@ class ClientAccount:
     ) -> _Plan:
         """Return what the run's rounds cost on top of what the ledger held when it began."""
         before = tuple((read_number(noise), read_number(q), int(count)) for noise, q, count in policy["before"])
-        history = _merged((*before, (multiplier, rate, rounds * steps)))
+        history = merged((*before, (multiplier, rate, rounds * steps)))
         least = min(limit, self.max_epsilon)
         fits = least == math.inf or composed_epsilon(history, self.delta) <= least
         return _Plan(history=history, limit=limit, fits=fits)
@@ -250,142 +241,3 @@ def _same_but_update(one: Release, other: Release) -> bool:
         kept = {name: value for name, value in each.evidence.items() if name != _UPDATE}
         bodies.append(replace(each, evidence=kept).to_body())
     return bool(bodies[0] == bodies[1])
-
-
-# -- epsilon -------------------------------------------------------------------------------------------------------
-
-
-def _history(releases: Iterable[Release]) -> History | None:
-    """Return the releases as steps of DP-SGD; ``None`` where one is anything else: its ε is infinite."""
-    steps = []
-    for each in releases:
-        drawn = each.sampling
-        rate = drawn.rate if drawn.method == "poisson" else 1.0
-        known = (each.what, each.unit, each.adjacency, each.mechanism) == (
-            "update",
-            "example",
-            "add-remove",
-            "gaussian",
-        )
-        known = known and not each.unknown and each.matrix is None and drawn.method in ("poisson", "everyone")
-        if not (known and 0 < rate <= 1 and 0 < (noise := _multiplier(each)) < math.inf):
-            return None
-        steps.append((noise, rate, each.steps))
-    return _merged(steps)
-
-
-def _multiplier(release: Release) -> float:
-    """Return σ/Δ; of one query as it was divided, without another rounding."""
-    if len(release.queries) == 1 and release.queries[0].sensitivity_l2 > 0:
-        return release.queries[0].stddev / release.queries[0].sensitivity_l2
-    return release.noise_multiplier if all(query.sensitivity_l2 > 0 for query in release.queries) else 0.0
-
-
-def _merged(steps: Iterable[tuple[float, float, int]]) -> History:
-    """Return steps with equal numbers as one; what is composed has no order."""
-    counts: dict[tuple[float, float], int] = {}
-    for noise, rate, count in steps:
-        key = (float(f"{noise:.12g}"), rate)  # a quotient that rounds back is the same noise
-        counts[key] = counts.get(key, 0) + count
-    return tuple((noise, rate, count) for (noise, rate), count in sorted(counts.items()) if count)
-
-
-@lru_cache(maxsize=4096)
-def composed_epsilon(history: History, delta: float) -> float:
-    """Return ε at ``delta`` of the steps together, an upper bound under adding or removing an example.
-
-    Raises:
-        DependencyError: Opacus is not installed.
-
-    >>> composed_epsilon((), 1e-5)
-    0.0
-    """
-    if not history:
-        return 0.0
-    bound = _rdp(history, delta, _ORDERS)
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of logarithms of zero at the ends of PRV's domain, and of RDP's last order
-        found = math.inf
-        if bound < _MOST_PRV:
-            try:
-                found = _prv(history, delta)
-            except (ArithmeticError, MemoryError, RuntimeError, ValueError):
-                found = math.inf
-    if not math.isfinite(found):
-        found = min(bound, _rdp(history, delta, None))
-    return math.inf if math.isnan(found) else max(found, 0.0)
-
-
-def _prv(history: History, delta: float) -> float:
-    """Return Opacus' PRV figure, its domain from RDP at whole orders: the same ε in a fifth of the time."""
-    from opacus.accountants import PRVAccountant
-    from opacus.accountants.analysis.prv import Domain
-
-    class Accountant(PRVAccountant):  # type: ignore[misc]
-        def _get_domain(
-            self, *, prvs: Any, num_self_compositions: list[int], eps_error: float, delta_error: float
-        ) -> Any:
-            del prvs
-            total = sum(num_self_compositions)
-            once = max(_rdp(((z, q, 1),), delta_error / (8 * total), _ORDERS) for z, q, _ in self.history)
-            size = max(_rdp(tuple(self.history), delta_error / 4, _ORDERS), once, eps_error) + 3
-            mesh = eps_error / math.sqrt(total * math.log(12 / delta_error) / 2)
-            return Domain.create_aligned(-size, size, mesh)
-
-    accountant = Accountant()
-    accountant.history = list(history)
-    return float(accountant.get_epsilon(delta))
-
-
-def _rdp(history: History, delta: float, orders: tuple[int, ...] | None) -> float:
-    """Return Opacus' RDP figure at these orders; ``None``: at its own, fractional ones included, which is slow."""
-    try:
-        from opacus.accountants import RDPAccountant
-    except ModuleNotFoundError as error:
-        raise DependencyError("opacus", "example-privacy", 'privacy.unit = "example"') from error
-    accountant = RDPAccountant()
-    accountant.history = list(history)
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # it warns where the best order is the last one; the figure is a bound all the same
-        found = float(accountant.get_epsilon(delta, alphas=None if orders is None else list(orders)))
-    return math.inf if math.isnan(found) else found
-
-
-@lru_cache(maxsize=4096)
-def _calibrated(before: History, rate: float, steps: int, delta: float, target: float) -> float | None:
-    """Return a noise multiplier with which ``steps`` on top of ``before`` cost between 99 % and all of ``target``.
-
-    ``None`` where no noise is enough. Bisection by RDP, which is quick and above PRV; then secants on PRV, since log ε
-    is nearly straight in log noise.
-    """
-
-    def spent(logarithm: float) -> float:
-        return composed_epsilon(_merged((*before, (math.exp(logarithm), rate, steps))), delta)
-
-    low, high = math.log(1e-3), math.log(_MOST_NOISE)
-    while high - low > 0.05:
-        middle = (low + high) / 2
-        if _rdp(_merged((*before, (math.exp(middle), rate, steps))), delta, _ORDERS) <= target:
-            high = middle
-        else:
-            low = middle
-    good, cost = high, spent(high)
-    if cost > target:  # RDP found nothing: what was spent before may leave too little
-        good, cost = math.log(_MOST_NOISE), spent(math.log(_MOST_NOISE))
-        if cost > target:
-            return None
-    bad, slope = -math.inf, -1.2
-    for _ in range(16):
-        if cost >= 0.99 * target or good - bad < 1e-3:
-            break
-        tried = good + math.log(0.996 * target / max(cost, 1e-9)) / slope
-        if not tried > bad:
-            tried = (good + bad) / 2
-        if (found := spent(tried)) <= target:
-            slope = min(-0.5, math.log(max(found, 1e-9) / max(cost, 1e-9)) / (tried - good))
-            good, cost = tried, found
-        else:
-            bad = tried
-    return math.exp(good)

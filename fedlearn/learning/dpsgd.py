@@ -1,7 +1,7 @@
 """DP-SGD on one client: every example's gradient is clipped, their sum is noised, and nothing else is learned from.
 
-Of Opacus come the gradients (``example_gradients.py``) and the accountants (``account.py``). Batches, noise and the
-descent are done here: Opacus' noise comes from torch's generator, which a seed repeats on every client and in every
+Of Opacus come the gradients (``example_gradients.py``) and the accountants (``example_epsilon.py``). Batches, noise and
+the descent are done here: Opacus' noise comes from torch's generator, which a seed repeats on every client and in every
 round; its q is 1/len(loader), and it accounts Poisson batches that nobody drew.
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedlearn.errors import DataError, FedlearnError, TaskError
 
-__all__ = ["ClientData", "Examples", "Pool", "Task", "task_code"]
+__all__ = ["ClientData", "Examples", "Pool", "Task", "check_prepare", "prepares", "task_code"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +128,9 @@ class Task(Protocol):
     metric_names: Sequence[str] = ()
     """Those metrics, within [0, 1] for every example, that clients may release with noise where privacy hides them."""
 
+    prepares_each_alone: bool = False
+    """Whether ``prepare`` treats every example by itself, so that none of them shows in what became of another."""
+
     def build_model(self) -> nn.Module:
         """Return a fresh model. It is called under the run's seed, so plain initialisers are reproducible.
 
@@ -170,3 +173,25 @@ class Task(Protocol):
         What it draws at random is the same in every round: a split into training and test examples stays one.
         """
         return data
+
+
+def prepares(task: Task) -> bool:
+    """Return whether a task prepares each client's data, so that the model knows no other."""
+    return type(task).prepare is not Task.prepare
+
+
+def check_prepare(task: Task) -> None:
+    """Raise unless one example more or less changes nothing of the others: what hiding an example rests on.
+
+    A client that scales its data by its own mean puts every example into all of them, past any clip.
+
+    Raises:
+        TaskError: the task has a ``prepare`` and does not say that it treats each example by itself.
+    """
+    if prepares(task) and not task.prepares_each_alone:
+        name = type(task).__name__
+        raise TaskError(
+            f'privacy.unit = "example" hides one example, and {name}.prepare may put it into all the others (as '
+            "scaling by the client's own mean does). Scale by fixed numbers in build_model instead; or, if no "
+            f"example's result depends on another, set prepares_each_alone = True in {name}"
+        )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fedlearn.federation.rounds import Observer
+from fedlearn.federation.observer import Observer
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.client import build_client_app, prepare_clients
 from fedlearn.flower.grid import LocalGrid

@@ -30,7 +30,8 @@ from fedlearn.federation.messages import (
     check_evaluate_reply,
     check_train_reply,
 )
-from fedlearn.federation.rounds import Federation, SilentObserver
+from fedlearn.federation.observer import SilentObserver
+from fedlearn.federation.rounds import Federation
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.learning import Examples, Task
 from fedlearn.privacy.noise import SimulatedNoise

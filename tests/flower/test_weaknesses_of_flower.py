@@ -18,7 +18,8 @@ from torch import nn
 
 from fedlearn.config import RunConfig
 from fedlearn.errors import RoundFailedError
-from fedlearn.federation.rounds import Federation, SilentObserver
+from fedlearn.federation.observer import SilentObserver
+from fedlearn.federation.rounds import Federation
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.grid import LocalGrid
 from fedlearn.flower.network import GridNetwork

@@ -84,6 +84,8 @@ class MyTask(Task):
 
         Only clients' data comes here: load_test and fedlearn predict --data do not, and are used as they are. A scale
         that is the same for everyone is safest as the first layer of build_model, which all of them go through.
+        Under privacy.unit = "example" a client's own mean would put each example into all the others; a task with a
+        prepare is refused there, unless it also says prepares_each_alone = True, next to label_names.
         """
         return data
 
