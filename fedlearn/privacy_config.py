@@ -41,7 +41,8 @@ class PrivacyConfig:
         amplification: whether the secrecy of a Poisson draw is claimed; ``auto``: where the cohort is drawn that way.
         min_separation: rounds from one participation of a client to its next, at least, under ``dp-ftrl``; left out:
             as many as the clients allow.
-        grad_sample_mode: how Opacus computes the gradient of each example.
+        grad_sample_mode: how the gradient of each example is computed: by ``torch.func`` (``functorch``, the most models),
+            or by Opacus' hooks or ghost clipping.
         earlier_ledgers: ledgers (or run folders) of earlier runs on the same clients, separated by commas; what they
             spent counts.
 
@@ -60,7 +61,7 @@ class PrivacyConfig:
     mechanism: Mechanism = field(default="gaussian", metadata=choice(get_args(Mechanism)))
     amplification: Amplification = field(default="auto", metadata=choice(get_args(Amplification)))
     min_separation: int | None = field(default=None, metadata=integer(minimum=1))
-    grad_sample_mode: GradSampleMode = field(default="hooks", metadata=choice(get_args(GradSampleMode)))
+    grad_sample_mode: GradSampleMode = field(default="functorch", metadata=choice(get_args(GradSampleMode)))
     earlier_ledgers: str | None = field(default=None, metadata=text())
 
     def __post_init__(self) -> None:

@@ -13,12 +13,12 @@ from fedlearn.config import RunConfig
 from fedlearn.errors import MissingError, RunUnreadableError
 from fedlearn.federation.checkpoint import RunState
 from fedlearn.federation.estimation import Estimator, PlainMean, PrivateMean
-from fedlearn.privacy.ledger import Head, Ledger, read_events, releases_of
+from fedlearn.privacy.ledger import Event, Head, Ledger, read_events, releases_of
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.plan import PrivacyPlan, plan_privacy
 from fedlearn.privacy.releases import Release, written_number
 
-__all__ = ["RunJournal", "earlier_releases"]
+__all__ = ["RunJournal", "earlier_ledgers", "earlier_releases"]
 
 
 class RunJournal:
@@ -48,9 +48,12 @@ class RunJournal:
         self._resumed = False
         self._fits: bool | None = None
         self.plan: PrivacyPlan | None = None
+        self._earlier: list[str] = []
         self.ledger = Ledger(folder / "ledger.jsonl")
         if config.privacy.unit == "client":
-            earlier = earlier_releases(config)
+            ledgers = earlier_ledgers(config)
+            self._earlier = [Head.of(events).sha256 for events in ledgers]
+            earlier = [each for events in ledgers for each in releases_of(events)]
             self.plan = plan_privacy(config, evaluated=evaluated, earlier=earlier)
         self.instance = self._begin()
         self.estimator: Estimator = (
@@ -146,7 +149,7 @@ class RunJournal:
             "sampling": config.federation.sampling,
             "amplification": privacy.amplification,
             "simulated": self._noise.simulated,
-            "earlier": len(self.plan.earlier) if self.plan is not None else 0,
+            "earlier": self._earlier,
             **{name: written_number(value) for name, value in numbers.items() if promised and value is not None},
         }
 
@@ -163,13 +166,18 @@ class RunJournal:
 
 
 def earlier_releases(config: RunConfig) -> list[Release]:
-    """Return what earlier runs on the same clients released, as their ledgers say.
+    """Return what earlier runs on the same clients released, as their ledgers say; see ``earlier_ledgers``."""
+    return [each for events in earlier_ledgers(config) for each in releases_of(events)]
+
+
+def earlier_ledgers(config: RunConfig) -> list[list[Event]]:
+    """Return the ledgers of earlier runs on the same clients.
 
     Raises:
         MissingError: a ledger is not there.
-        LedgerError: a ledger's chain does not hold, or it reports what this version does not know.
+        LedgerError: a ledger's chain does not hold.
     """
-    found: list[Release] = []
+    found: list[list[Event]] = []
     for name in (config.privacy.earlier_ledgers or "").split(","):
         if not name:
             continue
@@ -177,5 +185,5 @@ def earlier_releases(config: RunConfig) -> list[Release]:
         path = path / "ledger.jsonl" if path.is_dir() else path
         if not path.exists():
             raise MissingError(f"privacy.earlier-ledgers: there is no ledger {path}")
-        found.extend(releases_of(read_events(path)))
+        found.append(read_events(path))
     return found

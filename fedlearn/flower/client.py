@@ -143,9 +143,13 @@ def _account(plan: RoundPlan, size: int, context: Context) -> ClientAccount:
     elif "ledger-folder" in told:  # of a simulation: a folder for every client
         path = Path(str(told["ledger-folder"])) / client / "ledger.jsonl"
     else:
-        device = "data-path" in told
-        path = data_home() / "clients" / (client if device else f"{plan.run}-{client}") / "ledger.jsonl"
+        path = data_home() / "clients" / (client if _is_device(context) else f"{plan.run}-{client}") / "ledger.jsonl"
     limit = told.get("max-epsilon")
+    if limit is None and _is_device(context):
+        reason = (
+            "this device's owner has set no max-epsilon, the most that may ever be spent, in its node configuration"
+        )
+        raise ReplyError(FailureCode.REFUSED, reason)
     return ClientAccount(
         path, size=size, delta=plan.config.privacy.delta, max_epsilon=None if limit is None else float(limit)
     )
@@ -153,7 +157,7 @@ def _account(plan: RoundPlan, size: int, context: Context) -> ClientAccount:
 
 def _noise(seeds: SeedTree, context: Context) -> Noise:
     """Return this client's noise: the system's on a device, the seed's in a simulation."""
-    if "data-path" in context.node_config:
+    if _is_device(context):
         return SecureNoise(SecureRandom())
     return SimulatedNoise(seeds.child("privacy"))
 
@@ -173,6 +177,11 @@ def _identify(message: Message, context: Context) -> RecordDict:
     """Say which client this node is, so that cohorts are drawn over clients and not over Flower's random ids."""
     del message
     return RecordDict({"client": MetricRecord({"id": _client_id(context)})})
+
+
+def _is_device(context: Context) -> bool:
+    """Return whether this node holds data of its own, which its owner has told it the path of."""
+    return "data-path" in context.node_config
 
 
 def _client_id(context: Context) -> int:
@@ -212,7 +221,7 @@ def _permitted(config: RunConfig, context: Context) -> RunConfig:
     Nothing of a message is imported there: a task named otherwise is refused before anything is loaded. A task file
     may lie in another folder than on the server; its name has to be the same.
     """
-    if "data-path" not in context.node_config:
+    if not _is_device(context):
         return config
     own = str(context.node_config.get("task", ""))
     if not own or PurePath(own).name != PurePath(config.task).name:
