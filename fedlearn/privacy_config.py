@@ -41,8 +41,8 @@ class PrivacyConfig:
         amplification: whether the secrecy of a Poisson draw is claimed; ``auto``: where the cohort is drawn that way.
         min_separation: rounds from one participation of a client to its next, at least, under ``dp-ftrl``; left out:
             as many as the clients allow.
-        grad_sample_mode: how the gradient of each example is computed: by ``torch.func`` (``functorch``, the most models),
-            or by Opacus' hooks or ghost clipping.
+        grad_sample_mode: how the gradient of each example is computed: by ``torch.func`` (``functorch``, for most
+            models), or by Opacus' hooks or ghost clipping.
         earlier_ledgers: ledgers (or run folders) of earlier runs on the same clients, separated by commas; what they
             spent counts.
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedlearn.errors import DependencyError
+from fedlearn.learning.opacus_import import importing_opacus
 from fedlearn.privacy.releases import Release
 
 __all__ = ["History", "calibrated", "composed_epsilon", "history_of", "merged"]
@@ -90,8 +90,9 @@ def composed_epsilon(history: History, delta: float) -> float:
 
 def _prv(history: History, delta: float) -> float:
     """Return Opacus' PRV figure, its domain from RDP at whole orders: the same ε in a fifth of the time."""
-    from opacus.accountants import PRVAccountant
-    from opacus.accountants.analysis.prv import Domain
+    with importing_opacus('privacy.unit = "example"'):
+        from opacus.accountants import PRVAccountant
+        from opacus.accountants.analysis.prv import Domain
 
     class Accountant(PRVAccountant):  # type: ignore[misc]
         def _get_domain(
@@ -111,10 +112,8 @@ def _prv(history: History, delta: float) -> float:
 
 def _rdp(history: History, delta: float, orders: tuple[int, ...] | None) -> float:
     """Return Opacus' RDP figure at these orders; ``None``: at its own, fractional ones included, which is slow."""
-    try:
+    with importing_opacus('privacy.unit = "example"'):
         from opacus.accountants import RDPAccountant
-    except ModuleNotFoundError as error:
-        raise DependencyError("opacus", "example-privacy", 'privacy.unit = "example"') from error
     accountant = RDPAccountant()
     accountant.history = list(history)
     with np.errstate(all="ignore"), warnings.catch_warnings():

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from fedlearn.arrays import Vector
 from fedlearn.config import GradSampleMode
-from fedlearn.errors import DependencyError, FedlearnError, TaskError
+from fedlearn.errors import FedlearnError, TaskError
 from fedlearn.learning.model import FlatModel, computing
+from fedlearn.learning.opacus_import import importing_opacus
 from fedlearn.learning.task import Examples, Task
 from fedlearn.learning.trainer import losses_of, pick
 from fedlearn.learning.validators import check_private
@@ -310,11 +311,9 @@ def _wrapped(module: nn.Module, mode: GradSampleMode) -> Any:
     Its ghost norms are taken only where they are products or sums of what they are norms of. For a linear layer on a
     sequence they are differences of large numbers: in float32 a norm of 500 comes out as 0, and is not clipped.
     """
-    try:
+    with importing_opacus(f"privacy.grad-sample-mode = {mode!r}"):
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
         from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
-    except ModuleNotFoundError as error:
-        raise DependencyError("opacus", "example-privacy", f"privacy.grad-sample-mode = {mode!r}") from error
     if mode == "hooks":
         return GradSampleModule(module, loss_reduction="sum", strict=False)  # buffers are checked here, in _compare
 

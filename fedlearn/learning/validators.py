@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedlearn.config import GradSampleMode, PrivacyUnit
-from fedlearn.errors import DependencyError, TaskError
+from fedlearn.errors import TaskError
+from fedlearn.learning.opacus_import import importing_opacus
 
 __all__ = ["check_private", "offered_fix"]
 
@@ -188,9 +189,7 @@ def _twin(layer: nn.Module) -> nn.Module:
         layer.inplace = False  # type: ignore[assignment]
     if not isinstance(layer, _BatchNorm | nn.LSTM | nn.GRU | nn.MultiheadAttention):
         return layer
-    try:
+    with importing_opacus(f"a private twin of {type(layer).__name__}"):
         from opacus.validators import ModuleValidator
-    except ModuleNotFoundError as error:
-        raise DependencyError("opacus", "example-privacy", f"a private twin of {type(layer).__name__}") from error
     fixer = ModuleValidator.FIXERS.get(type(layer))
     return layer if fixer is None else fixer(layer)

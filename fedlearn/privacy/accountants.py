@@ -26,6 +26,9 @@ _NOISE_OF_ONE_STEP = 1e-15
 _LEAST_LOSS = 1e-5
 """Below this loss of one step, dp_accounting's Rényi divergences drown in rounding; negative ones it takes for zero."""
 
+_MOST_STEPS = 1_000_000
+"""Above it, dp_accounting takes minutes to multiply out how large a composed distribution could become."""
+
 _FINEST = 1e-6
 """A grid below it would divide differences of probabilities that are mostly rounding."""
 
@@ -38,7 +41,8 @@ def pld_epsilon(spending: Spending, delta: float, interval: float) -> float:
 
     Guarantees: an upper bound whatever ``interval`` is. Without amplification it is the closed form to which every grid
     converges (Balle and Wang, arXiv:1805.06530). The rounding of the Fourier transforms is taken off ``delta`` first;
-    where it would take more than half, the answer is ``rdp_epsilon``'s.
+    where it would take more than half, or there are more than a million amplified steps, the answer is
+    ``rdp_epsilon``'s.
 
     Args:
         spending: what was released.
@@ -57,7 +61,7 @@ def pld_epsilon(spending: Spending, delta: float, interval: float) -> float:
     if not spending.sampled:
         return _closed_form(spending.noise_multiplier, delta)
     certain = delta - _NOISE_OF_ONE_STEP * (spending.steps + len(spending.sampled))
-    if certain < delta / 2:
+    if certain < delta / 2 or spending.steps > _MOST_STEPS:
         return rdp_epsilon(spending, delta)
     grid = _grid(spending, interval)
     try:
