@@ -77,6 +77,14 @@ def examine(folder: Path | None = None) -> list[Check]:
         _guarded("numpy", partial(check_version, "numpy", (1, 26), (3,))),
         _guarded("torch build", check_torch_build),
         _guarded("simulation extra", check_simulation_extra),
+        _guarded(
+            "privacy extra",
+            partial(check_optional, "privacy", ("dp-accounting",), 'privacy.unit = "client" and fedlearn privacy'),
+        ),
+        _guarded(
+            "example-privacy extra",
+            partial(check_optional, "example-privacy", ("opacus",), 'privacy.unit = "example"'),
+        ),
         _guarded("onnx extra", partial(check_optional, "onnx", ("onnx", "onnxscript"), "fedlearn export --to onnx")),
         _guarded("ray extra", partial(check_optional, "ray", ("ray",), "Flower's own simulation runtime")),
         _guarded("cores", check_cores),

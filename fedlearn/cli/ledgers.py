@@ -51,7 +51,7 @@ class CheckedLedger:
     @property
     def releases(self) -> list[Release]:
         """Everything that left."""
-        from fedlearn.privacy.accounting import releases_of
+        from fedlearn.privacy.ledger import releases_of
 
         return releases_of(self.events)
 
@@ -59,10 +59,19 @@ class CheckedLedger:
     def state(self) -> str:
         """Whether lines may be missing at the end, in words."""
         if self.is_closed:
-            return "closed"
+            reason = self.events[-1].body.get("reason")
+            return "closed: the next round would have exceeded the budget" if reason == "budget" else "closed"
         if self.expected is not None:
             return "open; as far as summary.json says"
         return "open: lines may be missing at its end"
+
+    @property
+    def clients(self) -> list[Path]:
+        """The clients' own ledgers beside a run's whose noise is theirs; they say what it is worth, this one cannot."""
+        if self.policy.get("unit") != "example":
+            return []
+        found = self.path.parent.glob("clients/*/ledger.jsonl")
+        return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))
 
     def number(self, name: str) -> float | None:
         """Return a number of the policy, or ``None`` where it has none.
@@ -134,17 +143,17 @@ def delta_of(ledgers: Sequence[CheckedLedger], given: float | None) -> float:
     population = _population(largest)
     delta = given if given is not None else largest.number("delta")
     if delta is None:
-        if unit_of(ledgers) == "none":  # it does not matter: epsilon is infinite
+        if all(release.unit == "none" for each in ledgers for release in each.releases):  # infinite, whatever delta is
             return default_delta(max(population, 2))
         raise UsageError(f"{largest.path} states no delta; give one, such as --delta 1e-5 (below 1/N for N units)")
-    if population:
+    if population and largest.policy.get("unit") != "none":
         check_delta(delta, population)
     return delta
 
 
 def _population(ledger: CheckedLedger) -> int:
     """Return N of a ledger's policy; 0 where it states none."""
-    found = ledger.policy.get("population")
+    found = ledger.policy.get("examples", ledger.policy.get("population"))  # of one client, or of all clients
     return found if isinstance(found, int) else 0
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 from fedlearn.errors import ConfigError
 from fedlearn.privacy.accountants import pld_epsilon, rdp_epsilon
-from fedlearn.privacy.ledger import Event
-from fedlearn.privacy.releases import Release, Sampling, Unit
+from fedlearn.privacy.ledger import Event, releases_of
+from fedlearn.privacy.releases import Release, Unit
 from fedlearn.privacy.spending import Account
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "epsilon",
     "epsilon_by_release",
     "epsilon_of_ledger",
-    "releases_of",
     "would_exceed",
 ]
 
@@ -93,20 +92,6 @@ def epsilon_by_release(
         if count in counts:
             found[count] = _cost(account, delta, "pld", interval)
     return [found[count] for count in sorted(found)]
-
-
-def releases_of(events: Iterable[Event]) -> list[Release]:
-    """Return what a ledger reports as released; an event of a kind that is not known stands as an unknown release.
-
-    Raises:
-        LedgerError: an event should be a release and cannot be read.
-    """
-    found = []
-    for event in events:
-        release = event.release() if event.is_known else _unknown(event)
-        if release is not None:
-            found.append(release)
-    return found
 
 
 def epsilon_of_ledger(
@@ -183,21 +168,6 @@ def _cost(account: Account, delta: float, accountant: Accountant, interval: floa
     if spending is None:
         return math.inf
     return rdp_epsilon(spending, delta) if accountant == "rdp" else pld_epsilon(spending, delta, interval)
-
-
-def _unknown(event: Event) -> Release:
-    """Return what stands for an event of which this version does not know what it released."""
-    return Release(
-        what=event.kind,
-        round_number=0,
-        unit="none",
-        adjacency="unknown",
-        mechanism="unknown",
-        queries=(),
-        sampling=Sampling(method="unknown", rate=1.0, population=0),
-        simulated=False,
-        unknown=("kind",),
-    )
 
 
 # -- calibration ---------------------------------------------------------------------------------------------------

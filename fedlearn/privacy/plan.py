@@ -139,8 +139,20 @@ class PrivacyPlan:
         return "add-remove" if self.config.privacy.amplification == "poisson" else "zero-out"
 
 
-def plan_privacy(config: RunConfig, *, evaluated: Sequence[int] = (), earlier: Sequence[Release] = ()) -> PrivacyPlan:
+def plan_privacy(
+    config: RunConfig,
+    *,
+    evaluated: Sequence[int] = (),
+    earlier: Sequence[Release] = (),
+    promised: float | None = None,
+) -> PrivacyPlan:
     """Return the plan of a run with ``privacy.unit = "client"``: its noise is the least that meets the target.
+
+    Args:
+        config: the run.
+        evaluated: the rounds after which clients measure the model.
+        earlier: what was released in earlier runs on the same clients.
+        promised: the noise multiplier of a run that has begun; left out: it is calibrated, or the configuration's.
 
     Raises:
         ConfigError: the target cannot be met, or delta is at least 1/N.
@@ -152,8 +164,9 @@ def plan_privacy(config: RunConfig, *, evaluated: Sequence[int] = (), earlier: S
     plan = PrivacyPlan(
         config=config, delta=delta, noise_multiplier=math.inf, evaluated=tuple(evaluated), earlier=tuple(earlier)
     )
-    if privacy.noise_multiplier is not None:
-        return replace(plan, noise_multiplier=privacy.noise_multiplier)
+    known = promised if promised is not None else privacy.noise_multiplier
+    if known is not None:
+        return replace(plan, noise_multiplier=known)
     target = privacy.target_epsilon
     if target is None:
         raise ValueError("a run with privacy.unit = 'client' has a target epsilon or a noise multiplier")
