@@ -179,7 +179,7 @@ def _answer_by_client(run: CheckedLedger, delta: float | None, as_json: bool) ->
     from fedlearn.privacy.accounting import QUICK
     from fedlearn.privacy.accounting import epsilon as compute
 
-    ledgers = open_ledgers(run.clients)
+    ledgers = [each for path in run.clients for each in open_ledgers([path])]  # two that hold as many begin alike
     deltas = [delta_of([each], delta) for each in ledgers]
     found = [
         compute(each.releases, own, unit="example", interval=QUICK) for each, own in zip(ledgers, deltas, strict=True)

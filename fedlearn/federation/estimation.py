@@ -30,7 +30,7 @@ from fedlearn.privacy.releases import Release
 from fedlearn.privacy.sampling import Draw, draw_cohort, draw_poisson, draw_separated
 from fedlearn.sources import SeedTree
 
-__all__ = ["Estimate", "Estimator", "PlainMean", "PrivateMean", "Realised", "Tally"]
+__all__ = ["Estimate", "Estimator", "PlainMean", "PrivateMean", "Realised", "Tally", "check_metric_names"]
 
 
 _CLEAR = 3.0
@@ -147,6 +147,19 @@ class Realised:
     def commitment(self) -> str:
         """SHA-256 over the salt and the counts."""
         return hashlib.sha256(json.dumps([self.salt, self.cohort, self.respondents]).encode()).hexdigest()
+
+
+def check_metric_names(names: Sequence[str]) -> None:
+    """Raise unless a task says which metrics clients may release.
+
+    Raises:
+        TaskError: ``names`` is empty.
+    """
+    if not names:
+        raise TaskError(
+            "a metric that clients measure is a release, so its name must be known before: set metric_names in the "
+            'task, such as metric_names = ("accuracy",), for metrics within [0, 1]; or federation.evaluation = "off"'
+        )
 
 
 class Estimator(ABC):
@@ -291,12 +304,7 @@ class PrivateMean(Estimator):
         Raises:
             TaskError: ``names`` is empty.
         """
-        if not names:
-            raise TaskError(
-                "a metric that clients measure is a release, so its name must be known before: set metric_names in the "
-                'task, such as metric_names = ("accuracy",), for metrics within [0, 1]; or '
-                'federation.evaluation = "off"'
-            )
+        check_metric_names(names)
         bound = math.sqrt(len(names) + 1)
         mechanism = Gaussian(noise_multiplier=self.plan.evaluation_noise_multiplier, bound_l2=bound)
         state = MechanismState(bound_l2=bound, rows=number)

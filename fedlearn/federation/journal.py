@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +11,13 @@ from typing import Any
 
 from fedlearn.arrays import ParamSpec
 from fedlearn.config import RunConfig
-from fedlearn.errors import MissingError, RunUnreadableError
+from fedlearn.errors import LedgerError, MissingError, RunUnreadableError
 from fedlearn.federation.checkpoint import RunState
 from fedlearn.federation.estimation import Estimator, PlainMean, PrivateMean
 from fedlearn.privacy.ledger import Event, Head, Ledger, read_events, releases_of
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.plan import PrivacyPlan, plan_privacy
-from fedlearn.privacy.releases import Release, written_number
+from fedlearn.privacy.releases import Release, read_number, written_number
 
 __all__ = ["RunJournal", "earlier_ledgers", "earlier_releases"]
 
@@ -54,8 +55,8 @@ class RunJournal:
             ledgers = earlier_ledgers(config)
             self._earlier = [Head.of(events).sha256 for events in ledgers]
             earlier = [each for events in ledgers for each in releases_of(events)]
-            self.plan = plan_privacy(config, evaluated=evaluated, earlier=earlier)
-        self.instance = self._begin()
+            self.plan = plan_privacy(config, evaluated=evaluated, earlier=earlier, promised=self._promised_noise())
+        self.instance = self._name()
         self.estimator: Estimator = (
             PlainMean(config, spec)
             if self.plan is None
@@ -63,12 +64,14 @@ class RunJournal:
         )
 
     def open(self, kept: RunState | None) -> None:
-        """Check the ledger against the state that is gone on with, and complete it.
+        """Begin the ledger, or check it against the state that is gone on with, and complete it.
 
         Raises:
             RunUnreadableError: the ledger does not go with the state.
         """
         if kept is None:
+            if not self.ledger.events:
+                self.ledger.append("run.policy", self._policy())
             self._check_rows(0)
             return
         before = kept.pending[0] if kept.pending else None
@@ -96,6 +99,11 @@ class RunJournal:
         for event in state.pending:
             self.ledger.commit(event)
 
+    def holds(self, state: RunState) -> bool:
+        """Return whether the ledger has all of the state's lines: only then may anything of it leave."""
+        events, head = self.ledger.events, state.ledger
+        return Head.of(events[: head.count]) == head
+
     def is_spent(self, state: RunState) -> bool:
         """Return whether the next round would bring epsilon above the budget; asked before anything is sent."""
         if self.plan is None or self.plan.config.privacy.budget is None:
@@ -116,14 +124,26 @@ class RunJournal:
         reason = "finished" if state.round_number == rounds else "budget"
         self.ledger.append("run.close", {"reason": reason, "rounds": state.round_number})
 
-    def _begin(self) -> str:
-        """Write what the run promises as the first line, or read it; return the run's own name."""
+    def _name(self) -> str:
+        """Return the run's own name: the ledger's, or a new one; refuse a ledger that is not this run's."""
         if not self.ledger.events:
-            return str(self.ledger.append("run.policy", self._policy()).body["run"])
+            return secrets.token_hex(16)
         first = self.ledger.events[0]
         if first.kind != "run.policy" or first.body.get("config-sha256") != self._config.sha256():
             raise RunUnreadableError(f"{self.ledger.path} is the ledger of another run; put the run's own back")
+        if self._config.privacy.unit == "client" and first.body.get("simulated") is not self._noise.simulated:
+            begun, now = ("simulated", "real") if self._noise.simulated is False else ("real", "simulated")
+            raise RunUnreadableError(
+                f"{self.ledger.path} is of a run with {begun} noise, and would go on with {now} noise; go on with it "
+                "where it was begun"
+            )
         return str(first.body["run"])
+
+    def _promised_noise(self) -> float | None:
+        """Return the noise multiplier that the run was begun with: what came after changes no noise half-way."""
+        if not self.ledger.events or "noise-multiplier" not in self.ledger.events[0].body:
+            return None
+        return read_number(self.ledger.events[0].body["noise-multiplier"])
 
     def _policy(self) -> dict[str, Any]:
         """Return what is promised, before the first round."""
@@ -138,7 +158,7 @@ class RunJournal:
         }
         promised = privacy.unit != "none"
         return {
-            "run": secrets.token_hex(16),
+            "run": self.instance,
             "task": config.task,
             "config-sha256": config.sha256(),
             "unit": privacy.unit,
@@ -175,7 +195,7 @@ def earlier_ledgers(config: RunConfig) -> list[list[Event]]:
 
     Raises:
         MissingError: a ledger is not there.
-        LedgerError: a ledger's chain does not hold.
+        LedgerError: a ledger's chain does not hold, or it ends before the ``summary.json`` beside it says.
     """
     found: list[list[Event]] = []
     for name in (config.privacy.earlier_ledgers or "").split(","):
@@ -185,5 +205,20 @@ def earlier_ledgers(config: RunConfig) -> list[list[Event]]:
         path = path / "ledger.jsonl" if path.is_dir() else path
         if not path.exists():
             raise MissingError(f"privacy.earlier-ledgers: there is no ledger {path}")
-        found.append(read_events(path))
+        try:
+            found.append(read_events(path, _stated_head(path.with_name("summary.json"))))
+        except LedgerError as error:
+            error.add_note(f"That is {path}, of privacy.earlier-ledgers; restore it from a copy")
+            raise
     return found
+
+
+def _stated_head(summary: Path) -> Head | None:
+    """Return how far a run's summary says that its ledger goes, or ``None`` where there is none."""
+    if not summary.exists():
+        return None
+    try:
+        stated = json.loads(summary.read_bytes())["privacy"]["ledger"]
+        return Head(count=int(stated["lines"]), sha256=str(stated["sha256"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunUnreadableError(f"{summary} is damaged: how far the ledger must go is not known") from error

@@ -20,7 +20,7 @@ from fedlearn.algorithms import Algorithm, ServerState, build_algorithm
 from fedlearn.config import RunConfig
 from fedlearn.errors import RoundFailedError, RunFailedError, RunUnreadableError, TaskError, UsageError
 from fedlearn.federation.checkpoint import RunState, Totals
-from fedlearn.federation.estimation import PrivateMean, Realised, Tally
+from fedlearn.federation.estimation import PrivateMean, Realised, Tally, check_metric_names
 from fedlearn.federation.journal import RunJournal
 from fedlearn.federation.messages import EvaluateReply, Failure, FailureCode, Network, Reply, Request, RoundPlan
 from fedlearn.federation.observer import Observer
@@ -74,6 +74,8 @@ class Federation:
             if config.privacy.unit == "example":
                 check_prepare(task)
             check_private(self.model.module, unit=config.privacy.unit, mode=config.privacy.grad_sample_mode)
+        if config.privacy.unit == "client" and self._asks_clients:
+            check_metric_names(task.metric_names)
         self.journal = RunJournal(folder.path, config, self.model.spec, noise=noise, evaluated=self._evaluated_rounds())
         self.estimator = self.journal.estimator
         self._silent_rounds = 0

@@ -56,7 +56,8 @@ def build_server_app(
             try:
                 state = federation.run()
             except RunFailedError:
-                if (kept := folder.load_state()) is not None:
+                kept = folder.load_state()
+                if kept is not None and federation.journal.holds(kept):
                     finish(folder, federation.model, kept)  # the last good model is there to be used
                 raise
             finish(folder, federation.model, state)

@@ -195,6 +195,7 @@ class Ledger:
     def __init__(self, path: Path, head: Head | None = None) -> None:
         self.path = path
         self._events = read_events(path, head) if path.exists() or (head is not None and head.count) else []
+        self._size = sum(len(each.to_line().encode()) + 1 for each in self._events)  # what of the file is whole lines
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -237,16 +238,17 @@ class Ledger:
                 f"cannot write {self.path}: {error.strerror}; make room or give access. Nothing was released"
             ) from error
         self._events.append(event)
+        self._size += len(event.to_line().encode()) + 1
         return event
 
     def _write(self, event: Event) -> None:
         """Append one line and wait until the disk has it; cut off a line that a crash left unfinished."""
         new = not self.path.exists()
         with self.path.open("ab") as handle:
-            kept = sum(len(each.to_line().encode()) + 1 for each in self._events) if handle.tell() else 0
-            if handle.tell() != kept:
-                handle.truncate(kept)
-                handle.seek(kept)
+            if handle.tell() > self._size:
+                handle.truncate(self._size)
+            elif handle.tell() < self._size:
+                raise RunFailedError(f"{self.path} was cut short while the run went on; put it back as it was")
             handle.write(event.to_line().encode() + b"\n")
             handle.flush()
             os.fsync(handle.fileno())

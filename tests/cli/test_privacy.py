@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,6 +177,8 @@ def test_each_client_accounts_for_its_own_examples(fedlearn: Fedlearn, tmp_path:
     body = told(fedlearn("privacy", "epsilon", str(folder), "--json"))
     assert body["epsilon"] == epsilon([release(1, unit="example", noise=2.0)], 0.0005, unit="example")
     assert len(body["clients"]) == 3
+    shutil.copytree(folder / "clients" / "0", folder / "clients" / "3")  # holds as many, so its ledger is the same
+    assert len(told(fedlearn("privacy", "epsilon", str(folder), "--json"))["clients"]) == 4
     code, out, _ = fedlearn("privacy", "epsilon", str(folder))
     assert code == 0 and "the largest of the clients" in out
     (folder / "clients" / "1" / "ledger.jsonl").write_text("{}\n")
