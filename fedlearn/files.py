@@ -15,10 +15,11 @@ TEMPORARY = ".tmp"
 """How a file ends that a crash left half written; its name begins with a dot."""
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, secret: bool = False) -> None:
     """Replace ``path`` by ``data``: write beside it, flush to the disk, rename, flush the folder.
 
-    Guarantees: after a crash at any instant ``path`` holds the old bytes or the new ones, never a mix.
+    Guarantees: after a crash at any instant ``path`` holds the old bytes or the new ones, never a mix. What is
+    ``secret`` only its owner can read.
 
     Raises:
         RunFailedError: the disk is full or the folder cannot be written; what was there before is kept.
@@ -30,7 +31,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(0o600 if secret else 0o644)
         Path(temporary).replace(path)
         temporary = None
         _sync_folder(path.parent)

@@ -56,7 +56,7 @@ class PrivacyConfig:
     noise_multiplier: float | None = field(default=None, metadata=number(above=0))
     max_epsilon: float | None = field(default=None, metadata=number(above=0))
     delta: float | Literal["auto"] = field(default="auto", metadata=number_or_word("auto", above=0, below=1))
-    bound_l2: float = field(default=1.0, metadata=number(above=0))
+    bound_l2: float = field(default=1.0, metadata=number(minimum=1e-20, below=1e20))
     adaptive_clipping: bool = field(default=False, metadata=boolean())
     mechanism: Mechanism = field(default="gaussian", metadata=choice(get_args(Mechanism)))
     amplification: Amplification = field(default="auto", metadata=choice(get_args(Amplification)))
@@ -94,6 +94,8 @@ class PrivacyConfig:
             reason = f'"{self.trust}" does not go with unit "{self.unit}", whose noise comes from '
             reason += "each client" if self.unit == "example" else "the server"
             raise ConfigError("privacy.trust", f'{reason}: set "{_TRUST[self.unit]}", or leave it out')
+        if self.min_separation is not None and self.mechanism != "dp-ftrl":
+            raise ConfigError("privacy.min-separation", 'is for mechanism "dp-ftrl"; leave it out')
         if self.unit == "example":
             self._check_example()
         elif self.adaptive_clipping and self.mechanism == "dp-ftrl":
@@ -102,6 +104,9 @@ class PrivacyConfig:
 
     def _check_example(self) -> None:
         """Raise for keys that have no meaning where each client adds its own noise."""
+        if self.earlier_ledgers is not None:
+            reason = 'is for unit "client"; under "example" every client\'s own ledger holds its earlier runs'
+            raise ConfigError("privacy.earlier-ledgers", f"{reason}; leave it out")
         if self.mechanism != "gaussian":
             raise ConfigError("privacy.mechanism", 'is for unit "client"; under "example" only "gaussian" runs')
         if self.adaptive_clipping:

@@ -427,7 +427,7 @@ def test_wrong_types_from_python() -> None:
         ("privacy.noise-multiplier=0", "must be above 0, got 0"),
         ("privacy.delta=1", "must be below 1, got 1"),
         ("privacy.delta=0", "must be above 0, got 0"),
-        ("privacy.bound-l2=0", "must be above 0, got 0"),
+        ("privacy.bound-l2=0", "must be at least 1e-20, got 0"),
         ("simulation.workers=-1", "must be at least 0, got -1"),
         ("faults.drop=1.0", "must be below 1, got 1"),
         ('task="a\\u0007b"', "holds a control character or bytes that are not Unicode text"),

@@ -33,7 +33,8 @@ def test_one_number_is_enough_and_the_rest_follows() -> None:
     assert {each.training.weighting for each in (client, example, ftrl)} == {"uniform"}
     assert configured().training.weighting == "examples"
     assert client.privacy.budget == 8.0
-    assert configured(*CLIENT, "privacy.max-epsilon=3").privacy.budget == 3.0
+    assert configured(*CLIENT, "privacy.max-epsilon=9").privacy.budget == 9.0
+    assert configured(*CLIENT, "privacy.noise-multiplier=1", "privacy.max-epsilon=3").privacy.budget == 3.0
 
 
 @pytest.mark.parametrize("overrides", [(), CLIENT, EXAMPLE, FTRL], ids=["none", "client", "example", "dp-ftrl"])
@@ -83,6 +84,10 @@ def test_a_delta_of_one_over_n_or_more_is_refused(delta: str) -> None:
         ((*CLIENT, "federation.sampling=separated"), "federation.sampling"),
         (("federation.sampling=separated",), "federation.sampling"),
         ((*FTRL, "privacy.min-separation=11"), "privacy.min-separation"),
+        ((*CLIENT, "privacy.min-separation=5"), "privacy.min-separation"),
+        ((*CLIENT, "privacy.max-epsilon=3"), "privacy.target-epsilon"),
+        ((*EXAMPLE, "privacy.earlier-ledgers=runs/a"), "privacy.earlier-ledgers"),
+        ((*EXAMPLE, "federation.evaluation=both"), "federation.evaluation"),
         (("privacy.unit=client", "privacy.target-epsilon=8", "federation.clients=1"), "federation.clients"),
     ],
 )

@@ -16,7 +16,7 @@ import typer
 
 from fedlearn.cli import StoppedError
 from fedlearn.cli.arguments import AsJson, Overrides, Source
-from fedlearn.errors import FedlearnError, MissingError, RunFailedError, UsageError
+from fedlearn.errors import FedlearnError, LedgerError, MissingError, RunFailedError, UsageError
 
 if TYPE_CHECKING:
     from fedlearn.config import RunConfig
@@ -132,9 +132,17 @@ def _plain(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z_-]+", "-", name).strip("-")
 
 
+def _is_unspent(folder: RunFolder) -> bool:
+    """Return whether the run has released nothing yet, so that nothing is lost with its folder."""
+    from fedlearn.privacy.ledger import read_events, releases_of
+
+    path = folder.path / "ledger.jsonl"
+    return not path.exists() or not releases_of(read_events(path))
+
+
 def _discard(folder: RunFolder) -> None:
     """Take away the folder of a run that could not begin, so that the same command can be corrected and repeated."""
-    for name in ("config.toml", "metrics.jsonl", ".lock"):
+    for name in ("config.toml", "ledger.jsonl", "metrics.jsonl", ".lock"):
         (folder.path / name).unlink(missing_ok=True)
     with suppress(OSError):  # whatever else is in it is not ours
         (folder.path / "checkpoint").rmdir()
@@ -176,7 +184,7 @@ def _train(folder: RunFolder, *, new: bool, quiet: bool) -> dict[str, Any]:
         ) from None
     except FedlearnError as error:
         begun = (folder.path / "checkpoint" / "state.safetensors").exists()
-        if new and not begun and isinstance(error, UsageError | MissingError):
+        if new and not begun and isinstance(error, UsageError | MissingError | LedgerError) and _is_unspent(folder):
             _discard(folder)
         else:
             _add_whereabouts(error, folder, logged)

@@ -79,7 +79,10 @@ class RunState:
 
 
 def save_checkpoint(path: Path, state: RunState, config_sha256: str) -> None:
-    """Write ``state`` to ``path``: one file, replaced as a whole."""
+    """Write ``state`` to ``path``: one file, replaced as a whole, for the server's eyes only.
+
+    Under dp-ftrl it holds noise: who has it and the models can subtract it.
+    """
     tensors: dict[str, NDArray[Any]] = {"params": state.server.params}
     tensors.update((f"slot.{name}", slot) for name, slot in state.server.slots.items())
     if state.mechanism is not None:
@@ -98,7 +101,7 @@ def save_checkpoint(path: Path, state: RunState, config_sha256: str) -> None:
         "unmeasured": json.dumps(state.unmeasured),
         "tensors": _digest(tensors),
     }
-    write_atomic(path, save(tensors, metadata))
+    write_atomic(path, save(tensors, metadata), secret=True)
 
 
 def _digest(tensors: Mapping[str, NDArray[np.generic]]) -> str:

@@ -26,7 +26,7 @@ from fedlearn.privacy.clipping import ClippedSum, ClippedUpdate, Update, clip
 from fedlearn.privacy.mechanisms import Gaussian, MechanismState
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.plan import PrivacyPlan
-from fedlearn.privacy.releases import Release
+from fedlearn.privacy.releases import Release, Sampling
 from fedlearn.privacy.sampling import Draw, draw_cohort, draw_poisson, draw_separated
 from fedlearn.sources import SeedTree
 
@@ -197,6 +197,15 @@ class Estimator(ABC):
     def estimate(self, tally: Tally, state: RunState) -> Estimate:
         """Return the mean update of a tally."""
 
+    def _sampling(self, draw: Draw) -> Sampling:
+        """Return what the ledger says of a draw."""
+        federation = self.config.federation
+        return draw.sampling(
+            claimed=self.config.privacy.amplification == "poisson",
+            enrolled=federation.clients,
+            share=federation.cohort / federation.clients,
+        )
+
 
 class PlainMean(Estimator):
     """The weighted mean of those that answered. What leaves is covered by no noise of the server's."""
@@ -218,7 +227,7 @@ class PlainMean(Estimator):
             adjacency="zero-out",
             mechanism="local" if self.config.privacy.unit == "example" else "none",
             queries=(),
-            sampling=tally.draw.sampling(claimed=False),
+            sampling=self._sampling(tally.draw),
             simulated=False,
         )
         return Estimate(mean=tally.total / tally.weight, release=release)
@@ -287,7 +296,7 @@ class PrivateMean(Estimator):
             adjacency=self.plan.adjacency,
             mechanism=self.mechanism.name,
             queries=noised.queries,
-            sampling=tally.draw.sampling(claimed=self._claimed),
+            sampling=self._sampling(tally.draw),
             matrix=noised.matrix,
             simulated=self.noise.simulated,
         )
@@ -319,18 +328,13 @@ class PrivateMean(Estimator):
             adjacency=self.plan.adjacency,
             mechanism=mechanism.name,
             queries=(replace(noised.queries[0], name="metrics"),),
-            sampling=draw.sampling(claimed=self._claimed),
+            sampling=self._sampling(draw),
             simulated=self.noise.simulated,
         )
         *sums, count = noised.vector.tolist()
         if count < _CLEAR * noised.queries[0].stddev:
             return {}, release
         return {name: min(max(value / count, 0.0), 1.0) for name, value in zip(names, sums, strict=True)}, release
-
-    @property
-    def _claimed(self) -> bool:
-        """Whether the secrecy of a Poisson draw is claimed."""
-        return self.config.privacy.amplification == "poisson"
 
     def _mechanism_state(self, state: RunState) -> MechanismState:
         """Return the mechanism's state, which a run with this estimator always has."""

@@ -14,7 +14,7 @@ from fedlearn.config import RunConfig
 from fedlearn.errors import LedgerError, MissingError, RunUnreadableError
 from fedlearn.federation.checkpoint import RunState
 from fedlearn.federation.estimation import Estimator, PlainMean, PrivateMean
-from fedlearn.privacy.ledger import Event, Head, Ledger, read_events, releases_of
+from fedlearn.privacy.ledger import GENESIS, Event, Head, Ledger, read_events, releases_of
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.plan import PrivacyPlan, plan_privacy
 from fedlearn.privacy.releases import Release, read_number, written_number
@@ -53,7 +53,7 @@ class RunJournal:
         self.ledger = Ledger(folder / "ledger.jsonl")
         if config.privacy.unit == "client":
             ledgers = earlier_ledgers(config)
-            self._earlier = [Head.of(events).sha256 for events in ledgers]
+            self._earlier = self._check_earlier(ledgers)
             earlier = [each for events in ledgers for each in releases_of(events)]
             self.plan = plan_privacy(config, evaluated=evaluated, earlier=earlier, promised=self._promised_noise())
         self.instance = self._name()
@@ -99,6 +99,11 @@ class RunJournal:
         for event in state.pending:
             self.ledger.commit(event)
 
+    def admit(self, release: Release) -> None:
+        """Write a release of which no model came, since what came of it is seen all the same."""
+        if self.plan is not None:
+            self.ledger.append("round.release", release.to_body())
+
     def holds(self, state: RunState) -> bool:
         """Return whether the ledger has all of the state's lines: only then may anything of it leave."""
         events, head = self.ledger.events, state.ledger
@@ -110,10 +115,10 @@ class RunJournal:
             return False
         released = releases_of(self.ledger.events)
         if self._fits is None:  # what fits as a whole fits at every round
-            self._fits = not self.plan.would_exceed(released, self.plan.releases(state.round_number, self.instance))
+            self._fits = not self.plan.would_exceed(released, self.plan.releases(released, state.round_number))
         if self._fits:
             return False
-        following = self.plan.releases_of_round(state.round_number + 1, self.instance)
+        following = self.plan.releases_of_round(state.round_number + 1, released)
         return self.plan.would_exceed(released, following)
 
     def close(self, state: RunState) -> None:
@@ -138,6 +143,17 @@ class RunJournal:
                 "where it was begun"
             )
         return str(first.body["run"])
+
+    def _check_earlier(self, ledgers: Sequence[Sequence[Event]]) -> list[str]:
+        """Return the last hash of each earlier ledger; a run that goes on must find them where it left them."""
+        begun = self.ledger.events[0].body.get("earlier", []) if self.ledger.events else []
+        for head, events in zip(begun, [*ledgers, *[()] * len(begun)], strict=False):
+            if head != GENESIS and head not in {event.sha256 for event in events}:
+                raise RunUnreadableError(
+                    "privacy.earlier-ledgers: a ledger is not the one that the run was begun with, or was cut; what it "
+                    "spent counts, so put it back"
+                )
+        return [Head.of(events).sha256 for events in ledgers]
 
     def _promised_noise(self) -> float | None:
         """Return the noise multiplier that the run was begun with: what came after changes no noise half-way."""

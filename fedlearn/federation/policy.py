@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 import numpy as np
 
@@ -54,7 +53,8 @@ def train_hiding_examples(
 ) -> Vector:
     """Return an update that hides every example of a client, once the client's own ledger has it.
 
-    The ledger is asked before anything is trained, and has the release before the update leaves.
+    The ledger has the release before training begins: whatever becomes of it, an update, an error or a killed process,
+    a server that asks again has been told something, and that is counted.
 
     Args:
         plan: what the round asks for.
@@ -75,17 +75,18 @@ def train_hiding_examples(
     size, number = len(examples), plan.round_number
     rate, steps = sample_rate(size, training), private_steps(size, training)
     rounds = plan.config.federation.rounds
-    multiplier = account.noise_multiplier(privacy, run=plan.run, rounds=rounds, rate=rate, steps=steps)
-    dp = DpSgd(noise_multiplier=multiplier, bound_l2=privacy.bound_l2, mode=privacy.grad_sample_mode)
-    release = planned_release(
-        round_number=number,
-        size=size,
-        training=training,
-        dp=dp,
-        simulated=noise.simulated,
-        evidence={"run": plan.run, "model-before": hashlib.sha256(received.tobytes()).hexdigest()},
-    )
-    account.permit(release)
+    with account.exclusive():
+        multiplier = account.noise_multiplier(privacy, run=plan.run, rounds=rounds, rate=rate, steps=steps)
+        dp = DpSgd(noise_multiplier=multiplier, bound_l2=privacy.bound_l2, mode=privacy.grad_sample_mode)
+        release = planned_release(
+            round_number=number,
+            size=size,
+            training=training,
+            dp=dp,
+            simulated=noise.simulated,
+            evidence={"run": plan.run, "model-before": hashlib.sha256(received.tobytes()).hexdigest()},
+        )
+        account.record(release)
     result = train_private(
         model,
         task,
@@ -98,12 +99,9 @@ def train_hiding_examples(
         noise=noise,
         velocity=account.velocity_before(plan.run, number),
     )
-    vector = result.trained.update.vector
-    evidence = {**release.evidence, "update": hashlib.sha256(vector.tobytes()).hexdigest()}
-    account.record(replace(release, evidence=evidence))
     if result.velocity is not None:
         account.keep_velocity(plan.run, number, result.velocity)
-    return vector
+    return result.trained.update.vector
 
 
 def trained_part(vector: Vector, spec: ParamSpec) -> Vector:

@@ -187,7 +187,11 @@ class Federation:
         tries, state = self._train_until_enough(number, state)
         tally, parameters = tries[-1], self._parameters(state)
         estimate = self.estimator.estimate(tally, state)
-        state = self.update(replace(state, mechanism=estimate.mechanism), estimate.mean)
+        try:
+            state = self.update(replace(state, mechanism=estimate.mechanism), estimate.mean)
+        except RunFailedError:
+            self.journal.admit(estimate.release)  # that it diverged says something of the sum
+            raise
         state = replace(state, totals=state.totals.plus(wall_s=self.clock.monotonic() - started))
         realised = Realised.of(tally)
         line = {
@@ -208,7 +212,7 @@ class Federation:
             "model-before": _sha256(parameters),
             "model-after": _sha256(self._parameters(state)),
             "realised": realised.commitment,
-            "time": self.clock.utc(),
+            "date": self.clock.utc()[:10],  # the hour would tell how long clients took
         }
         release = replace(estimate.release, evidence=evidence)
         state = self.journal.noted(replace(state, unmeasured=line), "round.release", release)
@@ -222,7 +226,11 @@ class Federation:
         started, number = self.clock.monotonic(), state.round_number
         measured = Validation(metrics={}, totals=state.totals)
         if is_measured(self.config, number):
-            measured = self.validate(state)
+            try:
+                measured = self.validate(state)
+            except RunFailedError:
+                self.journal.commit(state)
+                raise
         elapsed_s = self.clock.monotonic() - started
         totals, before = measured.totals.plus(wall_s=elapsed_s), state.totals
         trained = state.unmeasured or {}
@@ -239,7 +247,7 @@ class Federation:
             line["evaluation_failures"] = _codes(measured.failures)
         state = replace(state, totals=totals, unmeasured=None)
         if measured.release is not None:
-            release = replace(measured.release, evidence={"time": self.clock.utc()})
+            release = replace(measured.release, evidence={"date": self.clock.utc()[:10]})
             state = self.journal.noted(state, "eval.release", release)
         self.folder.save_round(line, state)
         self.journal.commit(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 from collections.abc import Callable
@@ -142,17 +143,21 @@ def _account(plan: RoundPlan, size: int, context: Context) -> ClientAccount:
         path = Path(str(told["ledger-path"]))
     elif "ledger-folder" in told:  # of a simulation: a folder for every client
         path = Path(str(told["ledger-folder"])) / client / "ledger.jsonl"
+    elif _is_device(context):  # named by its data: a server gives out the node's id, and may give another
+        held = hashlib.sha256(str(Path(str(told["data-path"])).resolve()).encode()).hexdigest()[:16]
+        path = data_home() / "clients" / held / "ledger.jsonl"
     else:
-        path = data_home() / "clients" / (client if _is_device(context) else f"{plan.run}-{client}") / "ledger.jsonl"
+        path = data_home() / "clients" / f"{plan.run}-{client}" / "ledger.jsonl"
     limit = told.get("max-epsilon")
     if limit is None and _is_device(context):
         reason = (
             "this device's owner has set no max-epsilon, the most that may ever be spent, in its node configuration"
         )
         raise ReplyError(FailureCode.REFUSED, reason)
-    return ClientAccount(
-        path, size=size, delta=plan.config.privacy.delta, max_epsilon=None if limit is None else float(limit)
-    )
+    delta = plan.config.privacy.delta
+    if _is_device(context):  # whoever sets delta sets what epsilon means
+        delta = float(told["delta"]) if "delta" in told else "auto"
+    return ClientAccount(path, size=size, delta=delta, max_epsilon=None if limit is None else float(limit))
 
 
 def _noise(seeds: SeedTree, context: Context) -> Noise:
@@ -216,16 +221,21 @@ def _check_numbers(data: ClientData) -> None:
 
 
 def _permitted(config: RunConfig, context: Context) -> RunConfig:
-    """Return the config to work by; on a device with the task that its owner installed, whatever the message names.
+    """Return the config to work by; on a device with its owner's task and privacy, whatever the message names.
 
     Nothing of a message is imported there: a task named otherwise is refused before anything is loaded. A task file
-    may lie in another folder than on the server; its name has to be the same.
+    may lie in another folder than on the server; its name has to be the same. A device with ``max-epsilon`` in its node
+    configuration answers only rounds that hide its examples, unless ``privacy-unit`` there names another unit.
     """
     if not _is_device(context):
         return config
     own = str(context.node_config.get("task", ""))
     if not own or PurePath(own).name != PurePath(config.task).name:
         raise ReplyError(FailureCode.REFUSED, f"this device trains {own or 'no task'}, not {config.task}")
+    unit = context.node_config.get("privacy-unit", "example" if "max-epsilon" in context.node_config else None)
+    if unit is not None and config.privacy.unit != unit:
+        reason = f"this device's owner permits privacy.unit = {unit!r} and nothing else, not {config.privacy.unit!r}"
+        raise ReplyError(FailureCode.REFUSED, reason)
     return replace(config, task=own)
 
 

@@ -6,11 +6,14 @@ twenty rounds cost one.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +28,6 @@ from fedlearn.privacy.ledger import Ledger
 from fedlearn.privacy.releases import Release, read_number, written_number
 
 __all__ = ["ClientAccount"]
-
-_UPDATE = "update"
-"""The name in a release's evidence of the hash of the update that left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class ClientAccount:
         Raises:
             ReplyError: ``budget-spent``.
         """
-        if release.simulated and any(_same_but_update(release, each) for each in self._releases()):
+        if release.simulated and any(release.to_body() == each.to_body() for each in self._releases()):
             return
         history = history_of((*self._releases(), release)) if self._is_known(release.simulated) else None
         limit = min(self.max_epsilon, self._plan.limit if self._plan else math.inf)
@@ -93,6 +93,27 @@ class ClientAccount:
         if not (math.isfinite(spent) and spent <= limit):
             reason = f"round {release.round_number} would bring epsilon to {spent:.4g} at delta {self.delta:.3g}"
             raise ReplyError("budget-spent", f"{reason}; {limit:g} is permitted. The ledger is {self._ledger.path}")
+
+    @contextmanager
+    def exclusive(self, timeout_s: float = 30.0) -> Iterator[None]:
+        """Hold the ledger against other processes of this device, and read what they wrote before.
+
+        Raises:
+            ReplyError: ``refused`` where another process holds it for longer.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._ledger.path.with_name(".ledger.lock").open("w") as handle:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if time.monotonic() > deadline:
+                        reason = f"another process holds {self._ledger.path}; what it releases must be counted first"
+                        raise ReplyError("refused", reason) from error
+                    time.sleep(0.05)
+            self._ledger = Ledger(self._ledger.path)
+            yield
 
     def record(self, release: Release) -> None:
         """Write ``release`` to the disk, and only then return: the update may leave now, and not before.
@@ -232,12 +253,3 @@ class ClientAccount:
 def _short(run: str) -> str:
     """Return a run's name as part of a file's."""
     return hashlib.sha256(run.encode()).hexdigest()[:12]
-
-
-def _same_but_update(one: Release, other: Release) -> bool:
-    """Return whether two releases are of one round, whatever the update's hash."""
-    bodies = []
-    for each in (one, other):
-        kept = {name: value for name, value in each.evidence.items() if name != _UPDATE}
-        bodies.append(replace(each, evidence=kept).to_body())
-    return bool(bodies[0] == bodies[1])

@@ -205,10 +205,9 @@ def calibrate(
     while not spent <= target_epsilon:  # the fine grid is tighter, but it need not be everywhere
         noise = _rounded_up(noise * 1.0005)
         spent = cost(noise, FINE)
-    exponent = math.log(cost(noise) / cost(noise * 1.01)) / math.log(1.01) if spent > 0 else math.inf
-    while (
-        spent > 0 and exponent > 0
-    ):  # epsilon is about a power of the noise: what the quick grid added, taken off again
+    a_little_less = cost(noise * 1.01)
+    exponent = math.log(cost(noise) / a_little_less) / math.log(1.01) if a_little_less > 0 else 0.0
+    while spent > 0 and exponent > 0:  # epsilon is about a power of the noise: what the quick grid added, off again
         less = _rounded_up(noise * (spent / target_epsilon) ** (1 / exponent) * 1.0001)
         if less * 1.0004 > noise or not (tried := cost(less, FINE)) <= target_epsilon:
             break

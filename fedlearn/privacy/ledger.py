@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ GENESIS = "0" * 64
 RELEASES = ("round.release", "eval.release", "update.release")
 """The kinds of event whose body is a ``Release``."""
 
-_KNOWN = (*RELEASES, "run.policy", "run.resume", "run.close", "run.stop")
+_KNOWN = (*RELEASES, "run.policy", "run.resume", "run.close")
 _VERSION = 1
 
 
@@ -234,6 +235,8 @@ class Ledger:
         try:
             self._write(event)
         except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, self._size)  # what was not kept for certain was not written
             raise RunFailedError(
                 f"cannot write {self.path}: {error.strerror}; make room or give access. Nothing was released"
             ) from error
@@ -244,11 +247,13 @@ class Ledger:
     def _write(self, event: Event) -> None:
         """Append one line and wait until the disk has it; cut off a line that a crash left unfinished."""
         new = not self.path.exists()
-        with self.path.open("ab") as handle:
-            if handle.tell() > self._size:
-                handle.truncate(self._size)
-            elif handle.tell() < self._size:
+        with self.path.open("a+b") as handle:
+            if handle.tell() < self._size:
                 raise RunFailedError(f"{self.path} was cut short while the run went on; put it back as it was")
+            handle.seek(self._size)
+            if b"\n" in handle.read():
+                raise RunFailedError(f"another process wrote to {self.path} at the same time; nothing was released")
+            handle.truncate(self._size)
             handle.write(event.to_line().encode() + b"\n")
             handle.flush()
             os.fsync(handle.fileno())

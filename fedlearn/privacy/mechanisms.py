@@ -300,7 +300,8 @@ class DpFtrl(Mechanism):
             coefficients=self.coefficients,
             min_separation=self.min_separation,
         )
-        history = (_on_grid(rounded, total.grid), *state.history)[: len(self.coefficients) - 1]
+        done = state.rows + 1 == self.rounds  # nobody needs the noise any more, and who has it could subtract it
+        history = () if done else (_on_grid(rounded, total.grid), *state.history)[: len(self.coefficients) - 1]
         following = replace(state, rows=state.rows + 1, history=history)
         return following, NoisedSum(vector=_on_grid(units + rounded, total.grid), queries=(query,), matrix=matrix)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedlearn.config import RunConfig
-from fedlearn.privacy.accounting import calibrate, check_delta, default_delta, epsilon, would_exceed
+from fedlearn.privacy.accounting import QUICK, calibrate, check_delta, default_delta, epsilon, would_exceed
 from fedlearn.privacy.matrix import choose_bands, sensitivity, square_root_coefficients
 from fedlearn.privacy.mechanisms import AdaptiveGaussian, DpFtrl, Gaussian, Mechanism
 from fedlearn.privacy.releases import Matrix, Query, Release, Sampling
@@ -16,9 +16,6 @@ __all__ = ["PrivacyPlan", "plan_privacy"]
 
 _EVALUATION_RATIO = 3.0
 """How much more noise an evaluation has than a round: it needs one digit, and so costs about a ninth of a round."""
-
-_CHECK_INTERVAL = 1e-3
-"""The accountant's grid while a run goes on: an upper bound like any, in a tenth of the time of the final figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +63,24 @@ class PrivacyPlan:
             )
         return Gaussian(noise_multiplier=self.noise_multiplier, bound_l2=privacy.bound_l2)
 
-    def releases(self, after: int = 0, instance: str = "planned") -> list[Release]:
-        """Return what the rounds after round ``after`` will release."""
-        return [
-            each
-            for number in range(after + 1, self.config.federation.rounds + 1)
-            for each in self.releases_of_round(number, instance)
-        ]
+    def releases(self, released: Sequence[Release] = (), after: int = 0) -> list[Release]:
+        """Return what the rounds after round ``after`` will release, on top of what this run has ``released``."""
+        rounds = range(after + 1, self.config.federation.rounds + 1)
+        return [each for number in rounds for each in self.releases_of_round(number, released)]
 
-    def releases_of_round(self, number: int, instance: str = "planned") -> list[Release]:
-        """Return what round ``number`` will release: the model, and an evaluation where there is one."""
-        found = [self._model(number, instance)]
+    def releases_of_round(self, number: int, released: Sequence[Release] = ()) -> list[Release]:
+        """Return what round ``number`` will release: the model, and an evaluation where there is one.
+
+        Under dp-ftrl the model is the next row of what this run has ``released``, by that sequence's name and units.
+        """
+        found = [_continuing(self._model(number), released)]
         if number in self.evaluated:
             found.append(self._evaluation(number))
         return found
 
     def epsilon(self, released: Sequence[Release] = (), after: int = 0) -> float:
         """Return the epsilon at the end of the run, when ``released`` has left and rounds go on after ``after``."""
-        return epsilon([*self.earlier, *released, *self.releases(after)], self.delta, interval=_CHECK_INTERVAL)
+        return epsilon([*self.earlier, *released, *self.releases(released, after)], self.delta, interval=QUICK)
 
     def without_amplification(self) -> PrivacyPlan:
         """Return the same plan for an adversary who knows who is invited to each round."""
@@ -97,7 +94,7 @@ class PrivacyPlan:
             return False
         return would_exceed([*self.earlier, *released], following, budget, self.delta)
 
-    def _model(self, number: int, instance: str) -> Release:
+    def _model(self, number: int) -> Release:
         """Return the release of one round's model, for a sensitivity of 1."""
         privacy = self.config.privacy
         stddev, matrix = self.noise_multiplier, None
@@ -105,7 +102,7 @@ class PrivacyPlan:
             rounds, separation = self.config.federation.rounds, privacy.min_separation or 1
             coefficients = square_root_coefficients(choose_bands(rounds, separation))
             stddev *= sensitivity(coefficients, rows=rounds, min_separation=separation)
-            matrix = Matrix(instance=instance, row=number - 1, coefficients=coefficients, min_separation=separation)
+            matrix = Matrix(instance="planned", row=number - 1, coefficients=coefficients, min_separation=separation)
         return self._release("model", number, Query(name="update", sensitivity_l2=1.0, stddev=stddev), matrix)
 
     def _evaluation(self, number: int) -> Release:
@@ -137,6 +134,16 @@ class PrivacyPlan:
     def adjacency(self) -> str:
         """What neighbouring populations are: under a Poisson draw one client more or less, else one that gives zero."""
         return "add-remove" if self.config.privacy.amplification == "poisson" else "zero-out"
+
+
+def _continuing(planned: Release, released: Sequence[Release]) -> Release:
+    """Return a planned row of correlated noise as the next of those released, which carry the sum's own sensitivity."""
+    if planned.matrix is None:
+        return planned
+    for each in released:
+        if each.matrix is not None:
+            return replace(planned, queries=each.queries, matrix=replace(planned.matrix, instance=each.matrix.instance))
+    return planned
 
 
 def plan_privacy(

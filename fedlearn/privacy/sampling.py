@@ -36,15 +36,23 @@ class Draw:
         if any(later <= earlier for earlier, later in zip(self.cohort, self.cohort[1:], strict=False)):
             raise ValueError("a cohort is in ascending order, and no client is in it twice")
 
-    def sampling(self, *, claimed: bool) -> Sampling:
+    def sampling(self, *, claimed: bool, enrolled: int, share: float) -> Sampling:
         """Return what a ledger says of the draw: what was done, and whether its secrecy may be claimed.
 
         A Poisson draw that is not ``claimed`` (somebody may have watched it) is called ``poisson-observed``, which
-        amplifies nothing.
+        amplifies nothing. How many clients were there, or were invited, is nobody's business but the server's, so that
+        the numbers are those of the configuration.
+
+        Args:
+            claimed: whether the draw's secrecy is claimed.
+            enrolled: N, how many clients the federation has.
+            share: the expected share of them in a cohort; of a Poisson draw its own rate is told.
         """
         observed = self.method == "poisson" and not claimed
         return Sampling(
-            method="poisson-observed" if observed else self.method, rate=self.rate, population=self.population
+            method="poisson-observed" if observed else self.method,
+            rate=self.rate if self.method == "poisson" else share,
+            population=enrolled,
         )
 
 

@@ -10,11 +10,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlearn.config import RunConfig
+from fedlearn.federation import policy
 from fedlearn.federation.messages import RoundPlan
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.client import build_client_app
 from fedlearn.flower.records import request_records, vector_record
 from fedlearn.learning import build_flat_model
+from fedlearn.privacy.ledger import read_events, releases_of
+from fedlearn.privacy.releases import read_number
 from fedlearn.scenario import read_scenario
 from fedlearn.simulation.engine import simulate
 from fedlearn.sources import SeedTree
@@ -64,14 +67,24 @@ class Spoilt(DigitsMlp):
 """
 
 
-def ask_device(config: RunConfig, node_config: dict[str, str], task: str = "digits-mlp") -> Message:
+def ask_device(
+    config: RunConfig, node_config: dict[str, str | float], task: str = "digits-mlp", *, node: int = 5, number: int = 1
+) -> Message:
     """Return what a device with this node config answers to a train message of ``config``."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
     model = build_flat_model(load_task(task), SeedTree.root(config.seed).child("initialise"))
-    plan = RoundPlan(config=config, round_number=1, attempt=1, proximal_mu=0.0, spec_sha256=model.spec.sha256)
+    plan = RoundPlan(
+        config=config,
+        round_number=number,
+        attempt=1,
+        proximal_mu=0.0,
+        spec_sha256=model.spec.sha256,
+        bound_l2=config.privacy.bound_l2 if config.privacy.unit == "client" else None,
+        run="a run",
+    )
     content = request_records(vector_record("vector", model.vector()), plan)
-    message = Message(content, 5, "train", ttl=60.0, group_id="1.1")
-    context = Context(run_id=1, node_id=5, node_config=node_config, state=RecordDict(), run_config={})
+    message = Message(content, node, "train", ttl=60.0, group_id=f"{number}.1")
+    context = Context(run_id=1, node_id=node, node_config=node_config, state=RecordDict(), run_config={})
     return build_client_app()(message, context)
 
 
@@ -108,6 +121,78 @@ def test_a_task_file_may_lie_elsewhere_on_the_device_and_only_the_devices_is_imp
     reply = ask_device(RunConfig(task=str(files[0])), {"data-path": own_data, "task": str(files[1])})
     assert not reply.has_error()
     assert [mark.exists() for mark in marks] == [False, True]
+
+
+# -- what its owner permits ------------------------------------------------------------------------------------------
+
+
+def asked_for(unit: str, **privacy: float) -> RunConfig:
+    """A round that hides ``unit``; the noise is so great that one costs next to nothing."""
+    promised = {"unit": unit, "noise-multiplier": 20.0, **privacy} if unit != "none" else {"unit": unit}
+    return RunConfig.from_mapping({"task": "digits-mlp", "privacy": promised, "training": {"local-steps": 1}})
+
+
+@pytest.fixture
+def owned(own_data, tmp_path) -> dict[str, str | float]:
+    """The node configuration of a device whose owner has set a limit."""
+    ledger = str(tmp_path / "own" / "ledger.jsonl")
+    return {"data-path": own_data, "task": "digits-mlp", "max-epsilon": 1.0, "ledger-path": ledger}
+
+
+def code_of(reply: Message) -> str:
+    return reply.error.reason.partition(":")[0] if reply.has_error() else "answered"
+
+
+def test_with_a_limit_a_device_answers_only_rounds_that_hide_its_examples(owned):
+    assert code_of(ask_device(asked_for("none"), owned)) == "refused"
+    assert code_of(ask_device(asked_for("client", **{"bound-l2": 1e9}), owned)) == "refused"
+    assert not Path(str(owned["ledger-path"])).exists()
+    reply = ask_device(asked_for("example"), owned)
+    assert set(reply.content) == {"update"}
+    trusting = {**owned, "privacy-unit": "client"}
+    assert code_of(ask_device(asked_for("client"), trusting)) == "answered"
+    assert code_of(ask_device(asked_for("example"), trusting)) == "refused"
+
+
+def test_without_a_limit_of_its_owners_a_device_hides_nothing_and_says_so(owned):
+    del owned["max-epsilon"]
+    assert code_of(ask_device(asked_for("example"), owned)) == "refused"
+
+
+def test_a_device_stops_at_its_limit_whatever_the_server_calls_itself(owned):
+    config = asked_for("example", **{"noise-multiplier": 2.0})
+    answers = [code_of(ask_device(config, owned, node=number, number=number)) for number in range(1, 9)]
+    assert answers[0] == "answered"
+    assert answers[-1] == "budget-spent"
+    assert answers == sorted(answers), "once spent, spent for ever"
+    counted = releases_of(read_events(Path(str(owned["ledger-path"]))))
+    assert len(counted) == answers.count("answered")
+    assert not any(each.simulated for each in counted)
+
+
+def test_the_ledger_of_a_device_goes_by_its_data_and_not_by_the_id_it_is_given(owned, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    del owned["ledger-path"]
+    for node in (11, 12, 13):
+        assert code_of(ask_device(asked_for("example"), owned, node=node, number=node)) == "answered"
+    (ledger,) = (tmp_path / "home").rglob("ledger.jsonl")
+    assert len(releases_of(read_events(ledger))) == 3
+
+
+def test_delta_is_the_owners_and_not_the_servers(owned):
+    ask_device(asked_for("example", delta=0.04), owned)
+    body = read_events(Path(str(owned["ledger-path"])))[0].body
+    assert read_number(body["delta"]) == pytest.approx(20**-1.1)
+    assert code_of(ask_device(asked_for("example"), {**owned, "delta": 0.06})) == "refused", "that is 1/n or more"
+
+
+def test_a_round_that_fails_after_it_began_has_been_told_something_and_counts(owned, tmp_path, monkeypatch):
+    def fails(*_args, **_more):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(policy, "train_private", fails)
+    assert code_of(ask_device(asked_for("example"), owned)) == "training-failed"
+    assert len(releases_of(read_events(Path(str(owned["ledger-path"]))))) == 1
 
 
 def run(folder: Path, task: Path, *overrides: str) -> RunFolder:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedlearn.config import PrivacyConfig, TrainingConfig
-from fedlearn.errors import DependencyError, LedgerError, ReplyError
+from fedlearn.errors import DependencyError, LedgerError, ReplyError, RunFailedError
 from fedlearn.learning import example_epsilon as accounting
 from fedlearn.learning.account import ClientAccount
 from fedlearn.learning.dpsgd import DpSgd, planned_release
@@ -245,7 +245,7 @@ def test_a_repeated_round_of_a_simulation_is_permitted_at_the_limit(tmp_path) ->
     limit = composed_epsilon(((2.0, BATCH / SIZE, STEPS),), DELTA)
     account = opened(tmp_path, max_epsilon=limit)
     account.record(release(1, simulated=True))
-    account.permit(release(1, simulated=True, update=""))
+    account.permit(release(1, simulated=True))
     with pytest.raises(ReplyError):
         account.permit(release(2, simulated=True))
 
@@ -370,3 +370,29 @@ def test_damaged_momentum_is_none(tmp_path) -> None:
     (path,) = (tmp_path / "own").glob("velocity-*.npy")
     path.write_bytes(b"\x93NUMPY broken")
     assert account.velocity_before("run", 2) is None
+
+
+# -- several processes of one device --------------------------------------------------------------------------------
+
+
+def test_two_processes_that_release_at_once_both_count(tmp_path) -> None:
+    one, other = opened(tmp_path), opened(tmp_path)
+    with one.exclusive():
+        one.record(release(1))
+    with other.exclusive():
+        other.record(release(2))
+    assert [each.release().round_number for each in read_events(tmp_path / "own" / "ledger.jsonl")] == [1, 2]
+
+
+def test_without_the_lock_a_line_of_another_process_is_never_overwritten(tmp_path) -> None:
+    one, other = opened(tmp_path), opened(tmp_path)
+    one.record(release(1))
+    with pytest.raises(RunFailedError, match="another process"):
+        other.record(release(2))
+    assert len(read_events(tmp_path / "own" / "ledger.jsonl")) == 1
+
+
+def test_a_ledger_that_another_process_holds_is_not_waited_for_for_ever(tmp_path) -> None:
+    one, other = opened(tmp_path), opened(tmp_path)
+    with one.exclusive(), pytest.raises(ReplyError, match="another process"), other.exclusive(timeout_s=0.1):
+        pytest.fail("two held it")

@@ -156,7 +156,9 @@ def test_a_coarse_grid_and_renyi_are_above(releases: list[Release]) -> None:
 @given(RELEASES, NOISES, RATES)
 def test_one_more_release_costs_more(releases: list[Release], noise: float, rate: float) -> None:
     more = [*releases, gaussian(noise, rate=rate)]
-    assert epsilon(more, DELTA, interval=QUICK) >= epsilon(releases, DELTA, interval=QUICK) * (1 - 1e-3)
+    assert epsilon(more, DELTA, interval=QUICK) >= epsilon(releases, DELTA, interval=QUICK) * (
+        1 - 5e-3
+    )  # the grid's own
 
 
 @few
