@@ -25,6 +25,6 @@ def test_the_root_logger_is_as_it_was() -> None:
 
 
 def test_without_it_the_error_names_the_extra() -> None:
-    with pytest.raises(DependencyError, match=r"needs the package 'opacus'.*example-privacy"):
-        with importing_opacus("privacy"):
-            raise ModuleNotFoundError("No module named 'opacus'")
+    refused = pytest.raises(DependencyError, match=r"needs the package 'opacus'.*example-privacy")
+    with refused, importing_opacus("privacy"):
+        raise ModuleNotFoundError("No module named 'opacus'")
