@@ -35,8 +35,9 @@ def promise_rows(privacy: Mapping[str, Any], rounds: int) -> list[tuple[str, str
     if privacy["unit"] == "none":
         return [("privacy", "none promised: epsilon is infinite (privacy.unit = none)")]
     budget = f" of {privacy['budget']:g}" if privacy.get("budget") is not None else ""
-    delta = f" at delta {privacy['delta']:.3g}" if "delta" in privacy else ""
-    most = ", the largest of the clients" if privacy["unit"] == "example" else ""
+    example = privacy["unit"] == "example"
+    delta = f" at delta {'up to ' * example}{privacy['delta']:.3g}" if "delta" in privacy else ""
+    most = ", the largest of the clients" if example else ""
     rows = [
         ("epsilon", f"{epsilon_text(privacy['epsilon'])}{budget}{delta}{most}"),
         ("hides", _HIDES[privacy["unit"]]),

@@ -90,7 +90,7 @@ def _privacy(folder: RunFolder) -> dict[str, Any]:
 
 
 def _of_clients(folder: RunFolder) -> dict[str, Any]:
-    """Return the largest epsilon of the simulated clients' own ledgers, how many there are, and their least noise."""
+    """Return the largest epsilon and delta of the simulated clients' own ledgers, how many they are, their least noise."""
     spent, noises = [], []
     for path in sorted((folder.path / "clients").glob("*/ledger.jsonl")):
         events = read_events(path)
@@ -99,10 +99,9 @@ def _of_clients(folder: RunFolder) -> dict[str, Any]:
         spent.append((epsilon(releases_of(events), delta, unit="example", interval=QUICK), delta))
     if not spent:
         return {}
-    largest, delta = max(spent)
     return {
-        "epsilon": _finite_or_inf(largest),
-        "delta": delta,
+        "epsilon": _finite_or_inf(max(each for each, _ in spent)),
+        "delta": max(delta for _, delta in spent),
         "noise_multiplier": min(noises),
         "accounted_clients": len(spent),
     }

@@ -127,11 +127,15 @@ def train_private(
     Guarantees: the update is a function of the noised sums. It is what ``planned_release`` says, against whoever does
     not know ``noise``: (ε, δ) follows from σ/bound, q and the steps. The batches and what the model draws itself
     (dropout) come from ``noise`` too, since masks that are known would tie an example's gradient to who else is there.
-    An example whose gradient is not finite, or longer than 1e30, adds zero. Entries that are not trained stay as
-    received. The module is left without a trace of hooks.
+    Each example's share of a sum has norm at most ``bound_l2`` in float64, for bounds from 1e-20 to 1e20; one whose
+    gradient is not finite, or longer than 1e30, adds zero. What is compared before training is made up; a batch that
+    a mode cannot treat is computed one example at a time. Entries that are not trained stay as received. The module is
+    left without a trace of hooks.
 
-    What is not covered: gradients are computed in the model's own type, and its rounding depends on the whole batch; in
-    float32 that is about 1e-6 of the bound for each example, below the grid's rounding times the noise.
+    What is not covered: an example's gradient is computed in the model's own type, together with its batch, and what
+    it is rounded to may depend on the others there. On the layers measured, in float32, that is about 1e-6 of the bound
+    for each example; where a model's gradient is a small difference of large terms there is no such figure. Nor is an
+    exception of the task's own on an example (a class out of range): the caller records the release before it trains.
 
     Args:
         model: a model of the task; its state is overwritten.

@@ -151,7 +151,7 @@ def calibrated(before: History, rate: float, steps: int, delta: float, target: f
     for _ in range(16):
         if cost >= 0.99 * target or good - bad < 1e-3:
             break
-        tried = good + math.log(0.996 * target / max(cost, 1e-9)) / slope
+        tried = good + math.log(0.995 * target / max(cost, 1e-9)) / slope
         if not tried > bad:
             tried = (good + bad) / 2
         if (found := spent(tried)) <= target:

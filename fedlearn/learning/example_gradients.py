@@ -1,23 +1,31 @@
 """The sum of every example's clipped gradient, in one of three modes, all of them held against autograd.
 
 * ``hooks``: Opacus' rules for each kind of layer;
-* ``ghost``: Opacus' norms without gradients where they are exact (a linear layer on one vector an example, an
-  embedding), else as ``hooks``; the clipped sum is a second backward pass;
+* ``ghost``: as ``hooks``, but where a gradient is an outer product or a few rows of a table (a linear layer on one
+  vector an example, an embedding) it is never written out: its norm and its share of the sum come from the factors;
 * ``functorch``: ``torch.func`` on the whole model, each example a batch of its own. It takes most models, and examples
   cannot mix in it. (Opacus' own functorch works layer by layer: it overlooks keyword arguments, batches that are folded
   with time, and parameters that are used outside their layer.)
 
-Before a model is trained for the first time, sums over a few examples are compared with autograd's, one example at a
-time; what differs is refused, with the layer's name. ``hooks`` compares in every batch too: there its gradients have to
-add up to the batch's own.
+Before a model is trained for the first time, sums over a few made-up examples are compared with autograd's, one example
+at a time; what differs is refused, with the layer's name. ``hooks`` compares in every batch too: there its gradients
+have to add up to the batch's own.
+
+No real example decides whether training fails: what a server sees of a failure would be told without noise. A batch on
+which a mode fails is therefore computed by autograd, one example at a time, and only this client's log says so.
+
+Each share of a sum is exactly ``factor · gradient``, weighted and added in float64: a second backward pass of weighted
+losses rounds anew, and a gradient that is what is left of large terms may come out longer than it was measured.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,37 +37,203 @@ from fedlearn.errors import FedlearnError, TaskError
 from fedlearn.learning.model import FlatModel, computing
 from fedlearn.learning.opacus_import import importing_opacus
 from fedlearn.learning.task import Examples, Task
-from fedlearn.learning.trainer import losses_of, pick
+from fedlearn.learning.trainer import losses_of
 from fedlearn.learning.validators import check_private
 from fedlearn.sources import SeedTree
 
 __all__ = ["ClippedSum", "check_once", "summing"]
 
-_LONGEST = 1e30  # a gradient longer than this counts as not finite: float32 cannot scale it down any more
-_MARGIN = 1 - 2.0**-13  # clip to a little less, for what float32 rounds up in norms, products and sums
+_LONGEST = 1e30  # a gradient longer than this counts as not finite: in float32 it is about to overflow
+_MARGIN = 1 - 2.0**-20  # clip to a little less, for what float64 rounds up in norms, products and sums
+
+log = logging.getLogger("fedlearn.client")
 
 ClippedSum: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """(inputs, targets, bound) → (the sum of clipped gradients, shape (trained,), float64; the losses, shape (b,))."""
 
 
+class _Gradients(Protocol):
+    """One parameter's gradient of every example of a batch."""
+
+    def norms(self) -> Tensor:
+        """Return each example's norm, shape (b,), float64."""
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Return Σ factorᵢ · gradientᵢ, flat, float64; what has factor 0 may be anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Gradients that are written out, shape (b, size)."""
+
+    rows: Tensor
+
+    def norms(self) -> Tensor:
+        """Return each row's norm."""
+        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)  # type: ignore[no-any-return]
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum of the rows."""
+        return factors @ _without(self.rows, factors).double()
+
+
+@dataclass(frozen=True, eq=False)
+class _Outer:
+    """Gradients that are outer products: unit vectors of shapes (b, out) and (b, in), and lengths; float64."""
+
+    left: Tensor
+    right: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> _Outer:
+        """Take lengths and directions apart: of a tiny vector times a huge one nothing vanishes."""
+        (left, one), (right, two) = _direction(left), _direction(right)
+        return cls(left, right, one * two)
+
+    def norms(self) -> Tensor:
+        """Return the products of the norms."""
+        return self.lengths
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum in one product of matrices."""
+        left, right, lengths = (_without(each, factors) for each in (self.left, self.right, self.lengths[:, None]))
+        return ((left * (lengths * factors[:, None])).T @ right).flatten()
+
+
+def _direction(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's unit vector and length, in float64; zero has no direction but zero."""
+    wide, least = rows.double(), torch.finfo(torch.float64).tiny
+    largest = wide.abs().amax(dim=1).clamp(min=least)
+    wide = wide / largest[:, None]
+    norms = wide.norm(dim=1)
+    return wide / norms.clamp(min=least)[:, None], norms * largest
+
+
+@dataclass(frozen=True, eq=False)
+class _Lookup:
+    """Gradients that are a few rows of a table each: every (example, row of the table) once.
+
+    Attributes:
+        examples: whose row it is, shape (k,).
+        places: where it is in the table, shape (k,).
+        rows: shape (k, width), float64.
+        shape: how many examples, and how many rows the table has.
+    """
+
+    examples: Tensor
+    places: Tensor
+    rows: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, places: Tensor, backprops: Tensor, length: int) -> _Lookup:
+        """Add up what one example looks up more than once."""
+        count = len(places)
+        flat = places.reshape(count, -1)
+        keys = flat + torch.arange(count)[:, None] * length
+        keys, place = torch.unique(keys, return_inverse=True)
+        rows = torch.zeros(len(keys), backprops.shape[-1], dtype=torch.float64)
+        rows.index_add_(0, place.flatten(), backprops.reshape(-1, backprops.shape[-1]).double())
+        return cls(keys // length, keys % length, rows, (count, length))
+
+    def norms(self) -> Tensor:
+        """Return the norm over each example's rows."""
+        squares = torch.zeros(self.shape[0], dtype=torch.float64)
+        return squares.index_add_(0, self.examples, self.rows.square().sum(dim=1)).sqrt()
+
+    def weighted(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum as a whole table."""
+        of_row = factors[self.examples]
+        table = torch.zeros(self.shape[1], self.rows.shape[1], dtype=torch.float64)
+        return table.index_add_(0, self.places, _without(self.rows, of_row) * of_row[:, None]).flatten()
+
+
+def _without(rows: Tensor, factors: Tensor) -> Tensor:
+    """Return rows with zero where the factor is: no factor makes zero of what is not finite."""
+    lost = factors == 0
+    return rows.masked_fill(lost[:, None], 0.0) if bool(lost.any()) else rows
+
+
 @contextmanager
 def summing(model: FlatModel, task: Task, mode: GradSampleMode) -> Iterator[ClippedSum]:
-    """Give the function that clips and sums; afterwards the module is as it was."""
-    wrapper = None if mode == "functorch" else _wrapped(model.module, mode)
+    """Give the function that clips and sums; afterwards the module is as it was.
+
+    Guarantees: each example's share of the sum, in float64, has norm at most the bound, for bounds from 1e-20 to 1e20;
+    one whose gradient is not finite, or longer than 1e30, has none. The function raises only where autograd does on
+    one example alone.
+    """
+    alone = _by_autograd(model, task)
+    with _summing(model, task, mode) as (quick, wrapper):
+
+        def clipped_sum(inputs: Tensor, targets: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+            try:
+                return quick(inputs.clone(), targets.clone(), bound)  # copies: a model may work in place
+            except Exception as error:
+                log.warning("one example at a time, since on this batch %s failed: %s", mode, error)
+            with _without_hooks(model, wrapper):
+                return alone(inputs, targets, bound)
+
+        yield clipped_sum
+
+
+@contextmanager
+def _summing(model: FlatModel, task: Task, mode: GradSampleMode) -> Iterator[tuple[ClippedSum, Any]]:
+    """Give the function that clips and sums, and raises where it is not sure; and Opacus' wrapper."""
+    factored: dict[Tensor, list[_Gradients]] = {}
+    wrapper = None if mode == "functorch" else _wrapped(model.module, mode, factored)
     try:
         with warnings.catch_warnings():  # that the first layer's input is data; that an operation is slow in vmap
             warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed")
             warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
             if wrapper is None:
-                yield _by_functorch(model, task)
+                yield _by_functorch(model, task), None
             else:
-                yield _by_hooks(model, task, wrapper) if mode == "hooks" else _by_ghost(model, task, wrapper)
+                yield _by_hooks(model, task, wrapper, factored), wrapper
     finally:
         if wrapper is not None:
+            _forget(model.module)
             wrapper.cleanup()
-        for layer in model.module.modules():  # what Opacus leaves behind when a pass is broken off
-            for name in ("activations", "max_batch_len"):
-                layer.__dict__.pop(name, None)
+
+
+@contextmanager
+def _without_hooks(model: FlatModel, wrapper: Any) -> Iterator[None]:
+    """Forget what a pass that was broken off left behind, and keep Opacus' hooks out of the way."""
+    if wrapper is None:
+        yield
+        return
+    _forget(model.module)
+    wrapper.disable_hooks()
+    try:
+        yield
+    finally:
+        wrapper.enable_hooks()
+
+
+def _forget(module: nn.Module) -> None:
+    """Remove what Opacus leaves behind when a pass is broken off."""
+    for layer in module.modules():
+        for name in ("activations", "max_batch_len"):
+            layer.__dict__.pop(name, None)
+    for each in module.parameters():
+        each.__dict__.pop("_current_grad_sample", None)
+        for name, value in (("_forward_counter", 0), ("grad_sample", None)):
+            if name in each.__dict__:
+                setattr(each, name, value)
+
+
+def _by_autograd(model: FlatModel, task: Task) -> ClippedSum:
+    """Return the clipped sum by autograd, one example at a time: slow, and what the modes are held against."""
+
+    def clipped_sum(inputs: Tensor, targets: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        total, losses = torch.zeros(model.spec.trainable_size, dtype=torch.float64), torch.zeros(len(inputs))
+        for i in range(len(inputs)):
+            gradient, losses[i] = _gradient(model, task, inputs[i : i + 1], targets[i : i + 1])
+            rows = _Rows(gradient[None])
+            total += rows.weighted(_factors(rows.norms(), bound))
+        return total, losses
+
+    return clipped_sum
 
 
 def _by_functorch(model: FlatModel, task: Task) -> ClippedSum:
@@ -74,71 +248,55 @@ def _by_functorch(model: FlatModel, task: Task) -> ClippedSum:
     def clipped_sum(inputs: Tensor, targets: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         parameters = {name: each.detach() for name, each in _trained(model).items()}
         gradients, losses = per_example(parameters, inputs, targets)
-        norms = _norms(gradients)
-        return _weighted(model, gradients, _factors(norms, bound)), losses.detach()
+        rows = {name: _Rows(each.reshape(len(targets), -1)) for name, each in gradients.items()}
+        return _clipped(model, rows, len(targets), bound), losses.detach()
 
     return clipped_sum
 
 
-def _by_hooks(model: FlatModel, task: Task, wrapper: Any) -> ClippedSum:
+def _by_hooks(model: FlatModel, task: Task, wrapper: Any, factored: Mapping[Tensor, list[_Gradients]]) -> ClippedSum:
     """Return the clipped sum by Opacus' hooks, each batch's plain sum held against autograd's."""
 
     def clipped_sum(inputs: Tensor, targets: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         model.zero_gradient()
         wrapper.set_grad_sample_to_none()
+        for each in factored.values():
+            each.clear()
         losses = losses_of(task, model.module(inputs), targets)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        gradients = {}
-        for name, each in _trained(model).items():
-            found = _own(each, "grad_sample", name, model)
-            if found is not None:
-                gradients[name] = _of_batch(found, (len(targets), *each.shape), name, model)
-        norms = _norms(gradients) if gradients else torch.zeros(len(targets), dtype=torch.float64)
-        if bool((norms < _LONGEST).all()):
-            _compare_sums(model, gradients)
-        result = _weighted(model, gradients, _factors(norms, bound))
+        gradients: dict[str, _Gradients] = {}
+        for name, parameter in _trained(model).items():
+            found = _own(parameter, name, model)
+            if found is None:
+                continue
+            if kept := factored.get(parameter):
+                if len(kept) > 1 or found.shape != (len(targets), 0):
+                    raise _wrong(model, [name], 'is used more than once, which "ghost" has no norm for')
+                gradients[name] = kept[0]
+            else:
+                shape = (len(targets), *parameter.shape)
+                gradients[name] = _Rows(_of_batch(found, shape, name, model).reshape(len(targets), -1))
+        result = _clipped(model, gradients, len(targets), bound, hold=True)
         wrapper.set_grad_sample_to_none()
         return result, losses.detach()
 
     return clipped_sum
 
 
-def _by_ghost(model: FlatModel, task: Task, wrapper: Any) -> ClippedSum:
-    """Return the clipped sum by norms first, and then the gradient of the weighted losses."""
-
-    def clipped_sum(inputs: Tensor, targets: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-        model.zero_gradient()
-        losses = losses_of(task, model.module(inputs), targets)
-        losses.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        squares = torch.zeros(len(targets), dtype=torch.float64)
-        for name, each in _trained(model).items():
-            found = _own(each, "_norm_sample", name, model)
-            if found is not None:
-                squares += _of_batch(found, (len(targets),), name, model).double().square()
-                del each._norm_sample  # type: ignore[attr-defined]
-        norms = squares.sqrt()
-        kept = norms < _LONGEST
-        if not bool(kept.all()):  # no weight makes zero of what is not finite: leave those examples out
-            if not bool(kept.any()):
-                return torch.zeros(model.spec.trainable_size, dtype=torch.float64), losses.detach()
-            return clipped_sum(inputs[kept], targets[kept], bound)
-        model.zero_gradient()
-        wrapper.disable_hooks()
-        try:
-            (losses * _factors(norms, bound).to(losses.dtype)).sum().backward()  # type: ignore[no-untyped-call]
-        finally:
-            wrapper.enable_hooks()
-        return model.collect_gradient()[: model.spec.trainable_size].double(), losses.detach()
-
-    return clipped_sum
-
-
-def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
-    """Return each example's norm over all parameters together, shape (b,), float64."""
-    rows = (each.reshape(len(each), -1) for each in gradients.values())
-    each = [torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) for row in rows]
-    norms: Tensor = torch.linalg.vector_norm(torch.stack(each), dim=0)
-    return norms
+def _clipped(
+    model: FlatModel, gradients: Mapping[str, _Gradients], count: int, bound: float, *, hold: bool = False
+) -> Tensor:
+    """Return the sum of clipped gradients, shape (trained,), float64; with ``hold`` the plain sum is compared first."""
+    norms = torch.zeros(count, dtype=torch.float64)
+    if gradients:
+        norms = torch.linalg.vector_norm(torch.stack([each.norms() for each in gradients.values()]), dim=0)
+    if hold and bool((norms < _LONGEST).all()):
+        _compare_sums(model, gradients)
+    factors = _factors(norms, bound)
+    total = torch.zeros(model.spec.trainable_size, dtype=torch.float64)
+    for name, each in gradients.items():
+        total[model.spec.slices[name]] = each.weighted(factors)
+    return total
 
 
 def _factors(norms: Tensor, bound: float) -> Tensor:
@@ -147,42 +305,30 @@ def _factors(norms: Tensor, bound: float) -> Tensor:
     return torch.where(norms < _LONGEST, factors, 0.0)
 
 
-def _weighted(model: FlatModel, gradients: Mapping[str, Tensor], factors: Tensor) -> Tensor:
-    """Return Σ factorᵢ · gradientᵢ, shape (trained,), float64."""
-    total = torch.zeros(model.spec.trainable_size, dtype=torch.float64)
-    lost = factors == 0
-    for name, each in gradients.items():
-        rows = each.reshape(len(each), -1)
-        if bool(lost.any()):
-            rows = rows.masked_fill(lost[:, None], 0.0)
-        total[model.spec.slices[name]] = (factors.to(rows.dtype) @ rows).double()
-    return total
-
-
 def _trained(model: FlatModel) -> dict[str, nn.Parameter]:
     """Return the trained parameters by name, tied ones once."""
     return {name: each for name, each in model.module.named_parameters() if each.requires_grad}
 
 
-def _own(parameter: nn.Parameter, attribute: str, name: str, model: FlatModel) -> Tensor | None:
+def _own(parameter: nn.Parameter, name: str, model: FlatModel) -> Tensor | None:
     """Return what Opacus found for a parameter; ``None`` where the batch really has no gradient for it."""
-    found: Tensor | None = getattr(parameter, attribute, None)
+    found: Tensor | None = getattr(parameter, "grad_sample", None)
     if found is None and parameter.grad is not None and bool(parameter.grad.any()):
         raise _wrong(model, [name], "is used outside its own layer's forward")
     return found
 
 
 def _of_batch(found: object, shape: tuple[int, ...], name: str, model: FlatModel) -> Tensor:
-    """Return ``found`` if it is one gradient, or norm, for each example."""
+    """Return ``found`` if it is one gradient for each example."""
     if not isinstance(found, Tensor) or found.shape != shape:
         raise _wrong(model, [name], "has no gradient for each example: the layer's first dimension is not the batch")
     return found.detach()
 
 
-def _compare_sums(model: FlatModel, gradients: Mapping[str, Tensor]) -> None:
+def _compare_sums(model: FlatModel, gradients: Mapping[str, _Gradients]) -> None:
     """Raise unless the gradients of a batch add up to autograd's; what only some batches show is found here."""
-    rows = {name: each.reshape(len(each), -1) for name, each in gradients.items()}
-    lengths = {name: float(each.norm(dim=1).sum()) for name, each in rows.items()}
+    rows = {name: each.rows for name, each in gradients.items() if isinstance(each, _Rows)}
+    lengths = {name: float(each.norms().sum()) for name, each in gradients.items()}
     rounding = 1e-4 * sum(lengths.values())  # of a parameter whose gradient is zero but for it
     for name, parameter in _trained(model).items():
         if name in rows and parameter.grad is not None:
@@ -193,14 +339,20 @@ def _compare_sums(model: FlatModel, gradients: Mapping[str, Tensor]) -> None:
 
 # -- the modes, held against autograd ------------------------------------------------------------------------------
 
+_Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # of one example's inputs or targets
 _compared: WeakKeyDictionary[FlatModel, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
 def check_once(
     model: FlatModel, task: Task, received: Vector, examples: Examples, mode: GradSampleMode, seeds: SeedTree
 ) -> None:
-    """Compare a model's gradients under ``mode`` with autograd's, once for each model and shape of data."""
-    key = (mode, type(task), tuple(examples.inputs.shape[1:]), examples.inputs.dtype)
+    """Compare a model's gradients under ``mode`` with autograd's, once for each model and shape of data.
+
+    Guarantees: whether and with what it raises depends on the model, the task, ``received``, the mode, ``seeds`` and
+    the shape and type of one example; on no value in ``examples``, and not on how many there are.
+    """
+    data = tuple((tuple(each.shape[1:]), each.dtype) for each in (examples.inputs, examples.targets))
+    key = (mode, type(task), data)
     done = _compared.setdefault(model, set())
     if key in done:
         return
@@ -210,7 +362,7 @@ def check_once(
         for layer, name, _ in dropouts:
             setattr(layer, name, 0.0)
         with computing(seeds.child("compare")):
-            _compare(model, task, received, examples, mode)
+            _compare(model, task, received, data, mode)
     except FedlearnError:
         raise
     except Exception as error:
@@ -222,23 +374,20 @@ def check_once(
     done.add(key)
 
 
-def _compare(model: FlatModel, task: Task, received: Vector, examples: Examples, mode: GradSampleMode) -> None:
-    """Raise unless clipped sums over a few examples are those of one example at a time; nothing of them is kept.
+def _compare(model: FlatModel, task: Task, received: Vector, data: tuple[_Kind, ...], mode: GradSampleMode) -> None:
+    """Raise unless clipped sums over made-up examples are those of one example at a time; nothing of them is kept.
 
     The parameters are the received ones, moved at random: a last layer of zeros would hide the layers below it.
     """
-    inputs, targets = pick(examples, torch.arange(4) % len(examples))
     model.load(received)
     model.module.train()
     moved = model.flat[: model.spec.trainable_size]
     moved.mul_(1 + 0.1 * torch.randn(moved.shape)).add_(0.05 * torch.randn(moved.shape))
     model.push()
     before = [each.detach().clone() for each in (*model.module.parameters(), *model.module.buffers())]
-    alone = [_gradient(model, task, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
+    inputs, targets, alone = _made_up(model, task, data)
     norms = torch.stack([each.norm() for each in alone])
-    if not bool(norms.isfinite().all() and norms.any()):
-        raise TaskError("the model's gradients are zero or not finite, so that they cannot be checked before training")
-    with summing(model, task, mode) as clipped_sum:
+    with _summing(model, task, mode) as (clipped_sum, _):
         for bound in (2 * float(norms.max()), 0.5 * float(norms[norms > 0].min())):
             expected = [gradient * factor for gradient, factor in zip(alone, _factors(norms, bound), strict=True)]
             _hold(model, clipped_sum(inputs.clone(), targets.clone(), bound)[0], expected)
@@ -247,6 +396,34 @@ def _compare(model: FlatModel, task: Task, received: Vector, examples: Examples,
         raise TaskError(
             "the model changes its buffers or weights while it computes: they would carry the data on, unnoised"
         )
+
+
+def _made_up(model: FlatModel, task: Task, data: tuple[_Kind, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return inputs, targets and gradients of four examples that nobody has.
+
+    Numbers are drawn from a normal distribution; where the model cannot take those, from [0, 1), as targets always are.
+    Integers are 0 or 1, which every table and every choice of classes has.
+    """
+    (shape, dtype), of_targets = data
+    for draw in (torch.randn, torch.rand):
+        inputs, targets = _drawn(draw, shape, dtype), _drawn(torch.rand, *of_targets)
+        with suppress(Exception):  # the same on real examples is found in training
+            alone = [_gradient(model, task, inputs[i : i + 1], targets[i : i + 1])[0] for i in range(len(inputs))]
+            norms = torch.stack([each.norm() for each in alone])
+            if bool(norms.isfinite().all() and norms.any()):
+                return inputs, targets, alone
+    _gradient(model, task, inputs[:1], targets[:1])  # raises what the model says, where it is that
+    raise TaskError(
+        "the model's gradients are zero or not finite on made-up examples (numbers from a normal distribution or from "
+        "[0, 1), integers 0 and 1), so that they cannot be checked before training"
+    )
+
+
+def _drawn(draw: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return four made-up rows of a shape and type."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return draw(4, *shape, dtype=torch.complex64 if dtype.is_complex else torch.float32).to(dtype)
+    return torch.randint(0, 2, (4, *shape)).to(dtype)
 
 
 def _hold(model: FlatModel, found: Tensor, expected: list[Tensor]) -> None:
@@ -263,8 +440,8 @@ def _hold(model: FlatModel, found: Tensor, expected: list[Tensor]) -> None:
         raise _wrong(model, wrong, "has a gradient that is not the example's alone")
 
 
-def _gradient(model: FlatModel, task: Task, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return autograd's gradient of one example, alone in its batch, shape (trained,), float64."""
+def _gradient(model: FlatModel, task: Task, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return autograd's gradient of one example, alone in its batch, shape (trained,), float64; and its loss."""
     trained = _trained(model)
     loss = losses_of(task, model.module(inputs.clone()), targets.clone())[0]
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
@@ -272,7 +449,7 @@ def _gradient(model: FlatModel, task: Task, inputs: Tensor, targets: Tensor) -> 
     for name, each in zip(trained, found, strict=True):
         if each is not None:
             gradient[model.spec.slices[name]] = each.to_dense().reshape(-1).double()
-    return gradient
+    return gradient, loss.detach()
 
 
 def _dropouts(module: nn.Module) -> list[tuple[nn.Module, str, float]]:
@@ -305,24 +482,34 @@ def _advice(mode: GradSampleMode | None) -> str:
     )
 
 
-def _wrapped(module: nn.Module, mode: GradSampleMode) -> Any:
-    """Return Opacus' hooks on ``module``.
+def _wrapped(module: nn.Module, mode: GradSampleMode, factored: dict[Tensor, list[_Gradients]]) -> Any:
+    """Return Opacus' hooks on ``module``; under ``ghost``, what need not be written out goes into ``factored``.
 
-    Its ghost norms are taken only where they are products or sums of what they are norms of. For a linear layer on a
-    sequence they are differences of large numbers: in float32 a norm of 500 comes out as 0, and is not clipped.
+    Opacus' own ghost norms are not used. They are computed in the model's type: what is squared may vanish, and for a
+    linear layer on a sequence they are differences of large numbers (in float32 a norm of 500 comes out as 0).
     """
     with importing_opacus(f"privacy.grad-sample-mode = {mode!r}"):
-        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-        from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
+        from opacus.grad_sample import GradSampleModule
+        from opacus.grad_sample.linear import compute_linear_grad_sample
+    wrapper = GradSampleModule(module, loss_reduction="sum", strict=False)  # buffers are checked here, in _compare
     if mode == "hooks":
-        return GradSampleModule(module, loss_reduction="sum", strict=False)  # buffers are checked here, in _compare
+        return wrapper
 
-    def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-        if backprops.dim() == 2:
-            return compute_linear_norm_sample(layer, activations, backprops)  # type: ignore[no-any-return]
-        gradients = compute_linear_grad_sample(layer, activations, backprops)
-        return {each: _norms({"": gradient}).to(each.dtype) for each, gradient in gradients.items()}
+    def keep(parameter: Tensor, gradients: _Gradients, count: int) -> dict[Tensor, Tensor]:
+        factored.setdefault(parameter, []).append(gradients)
+        return {parameter: torch.zeros(count, 0)}  # Opacus is to hold something
 
-    wrapper = GradSampleModuleFastGradientClipping(module, loss_reduction="sum", strict=False)
-    wrapper.NORM_SAMPLERS = {**wrapper.NORM_SAMPLERS, nn.Linear: linear}
+    def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
+        if backprops.dim() != 2 or not layer.weight.requires_grad:
+            return compute_linear_grad_sample(layer, activations, backprops)  # type: ignore[no-any-return]
+        found = keep(layer.weight, _Outer.of(backprops, activations[0]), len(backprops))
+        if layer.bias is not None and layer.bias.requires_grad:
+            found[layer.bias] = backprops
+        return found
+
+    def embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
+        rows = _Lookup.of(activations[0], backprops, layer.num_embeddings)
+        return keep(layer.weight, rows, len(backprops))
+
+    wrapper.GRAD_SAMPLERS = {**wrapper.GRAD_SAMPLERS, nn.Linear: linear, nn.Embedding: embedding}
     return wrapper

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -107,11 +108,6 @@ _EXAMPLE = (
         advice=f"hooks do not bear inplace=True: {_FUNCTORCH}, or leave it out; {_OFFER}",
         trained=False,
     ),
-    _Rule(
-        modes=("ghost",),
-        applies=lambda layer: any(each.dim() == 0 for each in layer.parameters(recurse=False) if each.requires_grad),
-        advice='ghost clipping has no norm for a parameter without dimensions: set privacy.grad-sample-mode = "hooks"',
-    ),
 )
 
 
@@ -124,8 +120,8 @@ def check_private(
     """Raise if a layer cannot be trained under this privacy unit; every such layer is named with what to do.
 
     Under ``client`` those are layers that keep running statistics of the data: they would leave without noise. Under
-    ``example`` also those that mix the examples of a batch, and those for which the mode has no right gradient of each
-    example. Opacus is not needed to ask.
+    ``example`` also those that mix the examples of a batch, those for which the mode has no right gradient of each
+    example, and trained parameters in half precision. Opacus is not needed to ask.
 
     Args:
         module: the task's model.
@@ -133,12 +129,14 @@ def check_private(
         mode: how the gradient of each example is computed; ``None``: only what no mode can do is refused.
 
     Raises:
-        TaskError: with a line for every layer.
+        TaskError: with a line for every layer or parameter.
 
     >>> check_private(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), unit="example", mode="hooks")
     """
     rules = {"none": (), "client": _CLIENT, "example": _EXAMPLE}[unit]
     faults = list(_faults(module, rules, mode))
+    if unit == "example":
+        faults += _halves(module)
     if faults:
         raise TaskError(f"the model cannot be trained under privacy.unit = {unit!r}:\n  " + "\n  ".join(faults))
 
@@ -177,6 +175,14 @@ def _faults(module: nn.Module, rules: tuple[_Rule, ...], mode: str | None) -> It
             if concerned and (trains or not rule.trained) and rule.applies(layer):
                 yield f"{name or 'the model'} ({type(layer).__name__}): {rule.advice}"
                 break
+
+
+def _halves(module: nn.Module) -> Iterator[str]:
+    """Yield a line for every trained parameter in half precision."""
+    for name, each in module.named_parameters():
+        if each.requires_grad and each.dtype in (torch.float16, torch.bfloat16):
+            kind = str(each.dtype).removeprefix("torch.")
+            yield f"{name} ({kind}): its gradients are rounded too coarsely to be told apart; keep it in float32"
 
 
 def _twin(layer: nn.Module) -> nn.Module:

@@ -338,3 +338,15 @@ def test_an_example_whose_loss_is_not_finite_does_not_end_the_training() -> None
     examples.inputs[8] = math.inf
     result = private(setting(batch_size=0), examples=examples)
     assert np.isfinite(result.trained.update.vector).all()
+
+
+@every_mode
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_data_without_a_gradient_do_not_end_the_training(mode, value) -> None:
+    """Whether training fails is seen by the server: it may not depend on what the examples are."""
+    torch.manual_seed(0)
+    model = FlatModel(nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)))
+    examples = Examples(torch.full((9, 6), value), torch.zeros(9, dtype=torch.long))
+    result = private(model=model, examples=examples, mode=mode)
+    assert np.isfinite(result.trained.update.vector).all()
+    assert result.trained.update.vector.any()

@@ -83,6 +83,18 @@ def test_a_fault_of_one_mode_leaves_the_others_open(layer, modes) -> None:
     assert refused == modes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_trained_parameter_in_half_precision_is_refused_by_name(dtype) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).to(dtype))
+    for mode in (*MODES, None):
+        with pytest.raises(TaskError, match=rf"1\.weight \({str(dtype)[6:]}\).*keep it in float32") as caught:
+            check_private(model, unit="example", mode=mode)
+        assert "0.weight" not in str(caught.value)
+    check_private(model, unit="client")
+    model[1].requires_grad_(False)
+    check_private(model, unit="example", mode="hooks")
+
+
 def test_the_offered_fix_is_a_copy_that_passes() -> None:
     pytest.importorskip("opacus")
     model = conv()
