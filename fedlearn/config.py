@@ -73,6 +73,9 @@ SecaggMode = Literal["off", "ideal", "semi-honest", "active"]
 Sampling = Literal["auto", "fixed-size", "poisson", "separated"]
 Weighting = Literal["auto", "uniform", "examples"]
 
+_UNCAPPED = 10_000
+"""The default of ``training.max_examples``: far above what most clients hold."""
+
 # The default of a field that ``__post_init__`` fills in: such a field is never None once constructed, which
 # is why its type does not say so.
 _DERIVED: Any = None
@@ -181,7 +184,7 @@ class TrainingConfig:
     server_learning_rate: float | None = field(default=None, metadata=number(above=0))
     momentum: float = field(default=0.0, metadata=number(minimum=0, below=1))
     weighting: Weighting = field(default="auto", metadata=choice(get_args(Weighting)))
-    max_examples: int = field(default=10_000, metadata=integer(minimum=1))
+    max_examples: int = field(default=_UNCAPPED, metadata=integer(minimum=1))
     options: Mapping[str, Scalar] = field(default_factory=Options, metadata=option_table())
 
     def __post_init__(self) -> None:
@@ -287,6 +290,10 @@ class RunConfig:
         elif self.training.weighting == "examples" and self.privacy.unit == "example":
             reason = 'must be "uniform" under privacy.unit = "example": the number of examples would leave the client'
             raise ConfigError("training.weighting", reason)
+        elif self.privacy.unit == "client" and self.training.max_examples == _UNCAPPED:
+            reason = 'under privacy.unit = "client" a client counts for its share of this number, so that it must be '
+            reason += f"near what a client holds, and known without looking; {_UNCAPPED:,} would drown the update in noise"
+            raise ConfigError("training.max-examples", f'{reason}. Set it, or training.weighting = "uniform"')
 
     def _settle_sampling(self) -> None:
         """Say what ``auto`` means, and refuse a claim that the draw does not justify."""

@@ -86,6 +86,7 @@ def test_a_delta_of_one_over_n_or_more_is_refused(delta: str) -> None:
         ((*FTRL, "privacy.min-separation=11"), "privacy.min-separation"),
         ((*CLIENT, "privacy.min-separation=5"), "privacy.min-separation"),
         ((*CLIENT, "privacy.max-epsilon=3"), "privacy.target-epsilon"),
+        ((*CLIENT, "training.weighting=examples"), "training.max-examples"),
         ((*EXAMPLE, "privacy.earlier-ledgers=runs/a"), "privacy.earlier-ledgers"),
         ((*EXAMPLE, "federation.evaluation=both"), "federation.evaluation"),
         (("privacy.unit=client", "privacy.target-epsilon=8", "federation.clients=1"), "federation.clients"),

@@ -90,7 +90,7 @@ def _privacy(folder: RunFolder) -> dict[str, Any]:
 
 
 def _of_clients(folder: RunFolder) -> dict[str, Any]:
-    """Return the largest epsilon and delta of the simulated clients' own ledgers, how many they are, their least noise."""
+    """Return the largest epsilon and delta of the simulated clients' own ledgers, their number and least noise."""
     spent, noises = [], []
     for path in sorted((folder.path / "clients").glob("*/ledger.jsonl")):
         events = read_events(path)
