@@ -287,13 +287,17 @@ class RunConfig:
         promised = self.privacy.unit != "none"
         if self.training.weighting == "auto":
             _set(self, "training", weighting="uniform" if promised else "examples")
-        elif self.training.weighting == "examples" and self.privacy.unit == "example":
+        if self.training.weighting == "uniform":
+            return
+        if self.privacy.unit == "example":
             reason = 'must be "uniform" under privacy.unit = "example": the number of examples would leave the client'
             raise ConfigError("training.weighting", reason)
-        elif self.privacy.unit == "client" and self.training.max_examples == _UNCAPPED:
-            reason = 'under privacy.unit = "client" a client counts for its share of this number, so that it must be '
-            reason += f"near what a client holds, and known without looking; {_UNCAPPED:,} would drown the update in noise"
-            raise ConfigError("training.max-examples", f'{reason}. Set it, or training.weighting = "uniform"')
+        if self.privacy.unit == "client" and self.training.max_examples == _UNCAPPED:
+            reason = (
+                f"hiding clients, one counts for its share of this number, of which {_UNCAPPED:,} leaves only noise; "
+            )
+            reason += 'set it near what a client holds, without looking, or training.weighting = "uniform"'
+            raise ConfigError("training.max-examples", reason)
 
     def _settle_sampling(self) -> None:
         """Say what ``auto`` means, and refuse a claim that the draw does not justify."""

@@ -24,8 +24,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from fedlearn.arrays import Vector
 from fedlearn.config import GradSampleMode
 from fedlearn.errors import FedlearnError, TaskError
+from fedlearn.learning.gradient_shares import Gradients, Lookup, Outer, Rows
 from fedlearn.learning.model import FlatModel, computing
 from fedlearn.learning.opacus_import import importing_opacus
 from fedlearn.learning.task import Examples, Task
@@ -50,109 +50,6 @@ log = logging.getLogger("fedlearn.client")
 
 ClippedSum: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """(inputs, targets, bound) → (the sum of clipped gradients, shape (trained,), float64; the losses, shape (b,))."""
-
-
-class _Gradients(Protocol):
-    """One parameter's gradient of every example of a batch."""
-
-    def norms(self) -> Tensor:
-        """Return each example's norm, shape (b,), float64."""
-
-    def weighted(self, factors: Tensor) -> Tensor:
-        """Return Σ factorᵢ · gradientᵢ, flat, float64; what has factor 0 may be anything."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Gradients that are written out, shape (b, size)."""
-
-    rows: Tensor
-
-    def norms(self) -> Tensor:
-        """Return each row's norm."""
-        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)  # type: ignore[no-any-return]
-
-    def weighted(self, factors: Tensor) -> Tensor:
-        """Return the weighted sum of the rows."""
-        return factors @ _without(self.rows, factors).double()
-
-
-@dataclass(frozen=True, eq=False)
-class _Outer:
-    """Gradients that are outer products: unit vectors of shapes (b, out) and (b, in), and lengths; float64."""
-
-    left: Tensor
-    right: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, left: Tensor, right: Tensor) -> _Outer:
-        """Take lengths and directions apart: of a tiny vector times a huge one nothing vanishes."""
-        (left, one), (right, two) = _direction(left), _direction(right)
-        return cls(left, right, one * two)
-
-    def norms(self) -> Tensor:
-        """Return the products of the norms."""
-        return self.lengths
-
-    def weighted(self, factors: Tensor) -> Tensor:
-        """Return the weighted sum in one product of matrices."""
-        left, right, lengths = (_without(each, factors) for each in (self.left, self.right, self.lengths[:, None]))
-        return ((left * (lengths * factors[:, None])).T @ right).flatten()
-
-
-def _direction(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's unit vector and length, in float64; zero has no direction but zero."""
-    wide, least = rows.double(), torch.finfo(torch.float64).tiny
-    largest = wide.abs().amax(dim=1).clamp(min=least)
-    wide = wide / largest[:, None]
-    norms = wide.norm(dim=1)
-    return wide / norms.clamp(min=least)[:, None], norms * largest
-
-
-@dataclass(frozen=True, eq=False)
-class _Lookup:
-    """Gradients that are a few rows of a table each: every (example, row of the table) once.
-
-    Attributes:
-        examples: whose row it is, shape (k,).
-        places: where it is in the table, shape (k,).
-        rows: shape (k, width), float64.
-        shape: how many examples, and how many rows the table has.
-    """
-
-    examples: Tensor
-    places: Tensor
-    rows: Tensor
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, places: Tensor, backprops: Tensor, length: int) -> _Lookup:
-        """Add up what one example looks up more than once."""
-        count = len(places)
-        flat = places.reshape(count, -1)
-        keys = flat + torch.arange(count)[:, None] * length
-        keys, place = torch.unique(keys, return_inverse=True)
-        rows = torch.zeros(len(keys), backprops.shape[-1], dtype=torch.float64)
-        rows.index_add_(0, place.flatten(), backprops.reshape(-1, backprops.shape[-1]).double())
-        return cls(keys // length, keys % length, rows, (count, length))
-
-    def norms(self) -> Tensor:
-        """Return the norm over each example's rows."""
-        squares = torch.zeros(self.shape[0], dtype=torch.float64)
-        return squares.index_add_(0, self.examples, self.rows.square().sum(dim=1)).sqrt()
-
-    def weighted(self, factors: Tensor) -> Tensor:
-        """Return the weighted sum as a whole table."""
-        of_row = factors[self.examples]
-        table = torch.zeros(self.shape[1], self.rows.shape[1], dtype=torch.float64)
-        return table.index_add_(0, self.places, _without(self.rows, of_row) * of_row[:, None]).flatten()
-
-
-def _without(rows: Tensor, factors: Tensor) -> Tensor:
-    """Return rows with zero where the factor is: no factor makes zero of what is not finite."""
-    lost = factors == 0
-    return rows.masked_fill(lost[:, None], 0.0) if bool(lost.any()) else rows
 
 
 @contextmanager
@@ -180,7 +77,7 @@ def summing(model: FlatModel, task: Task, mode: GradSampleMode) -> Iterator[Clip
 @contextmanager
 def _summing(model: FlatModel, task: Task, mode: GradSampleMode) -> Iterator[tuple[ClippedSum, Any]]:
     """Give the function that clips and sums, and raises where it is not sure; and Opacus' wrapper."""
-    factored: dict[Tensor, list[_Gradients]] = {}
+    factored: dict[Tensor, list[Gradients]] = {}
     wrapper = None if mode == "functorch" else _wrapped(model.module, mode, factored)
     try:
         with warnings.catch_warnings():  # that the first layer's input is data; that an operation is slow in vmap
@@ -229,7 +126,7 @@ def _by_autograd(model: FlatModel, task: Task) -> ClippedSum:
         total, losses = torch.zeros(model.spec.trainable_size, dtype=torch.float64), torch.zeros(len(inputs))
         for i in range(len(inputs)):
             gradient, losses[i] = _gradient(model, task, inputs[i : i + 1], targets[i : i + 1])
-            rows = _Rows(gradient[None])
+            rows = Rows(gradient[None])
             total += rows.weighted(_factors(rows.norms(), bound))
         return total, losses
 
@@ -248,13 +145,13 @@ def _by_functorch(model: FlatModel, task: Task) -> ClippedSum:
     def clipped_sum(inputs: Tensor, targets: Tensor, bound: float) -> tuple[Tensor, Tensor]:
         parameters = {name: each.detach() for name, each in _trained(model).items()}
         gradients, losses = per_example(parameters, inputs, targets)
-        rows = {name: _Rows(each.reshape(len(targets), -1)) for name, each in gradients.items()}
+        rows = {name: Rows(each.reshape(len(targets), -1)) for name, each in gradients.items()}
         return _clipped(model, rows, len(targets), bound), losses.detach()
 
     return clipped_sum
 
 
-def _by_hooks(model: FlatModel, task: Task, wrapper: Any, factored: Mapping[Tensor, list[_Gradients]]) -> ClippedSum:
+def _by_hooks(model: FlatModel, task: Task, wrapper: Any, factored: Mapping[Tensor, list[Gradients]]) -> ClippedSum:
     """Return the clipped sum by Opacus' hooks, each batch's plain sum held against autograd's."""
 
     def clipped_sum(inputs: Tensor, targets: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -264,7 +161,7 @@ def _by_hooks(model: FlatModel, task: Task, wrapper: Any, factored: Mapping[Tens
             each.clear()
         losses = losses_of(task, model.module(inputs), targets)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        gradients: dict[str, _Gradients] = {}
+        gradients: dict[str, Gradients] = {}
         for name, parameter in _trained(model).items():
             found = _own(parameter, name, model)
             if found is None:
@@ -275,7 +172,7 @@ def _by_hooks(model: FlatModel, task: Task, wrapper: Any, factored: Mapping[Tens
                 gradients[name] = kept[0]
             else:
                 shape = (len(targets), *parameter.shape)
-                gradients[name] = _Rows(_of_batch(found, shape, name, model).reshape(len(targets), -1))
+                gradients[name] = Rows(_of_batch(found, shape, name, model).reshape(len(targets), -1))
         result = _clipped(model, gradients, len(targets), bound, hold=True)
         wrapper.set_grad_sample_to_none()
         return result, losses.detach()
@@ -284,7 +181,7 @@ def _by_hooks(model: FlatModel, task: Task, wrapper: Any, factored: Mapping[Tens
 
 
 def _clipped(
-    model: FlatModel, gradients: Mapping[str, _Gradients], count: int, bound: float, *, hold: bool = False
+    model: FlatModel, gradients: Mapping[str, Gradients], count: int, bound: float, *, hold: bool = False
 ) -> Tensor:
     """Return the sum of clipped gradients, shape (trained,), float64; with ``hold`` the plain sum is compared first."""
     norms = torch.zeros(count, dtype=torch.float64)
@@ -325,9 +222,9 @@ def _of_batch(found: object, shape: tuple[int, ...], name: str, model: FlatModel
     return found.detach()
 
 
-def _compare_sums(model: FlatModel, gradients: Mapping[str, _Gradients]) -> None:
+def _compare_sums(model: FlatModel, gradients: Mapping[str, Gradients]) -> None:
     """Raise unless the gradients of a batch add up to autograd's; what only some batches show is found here."""
-    rows = {name: each.rows for name, each in gradients.items() if isinstance(each, _Rows)}
+    rows = {name: each.rows for name, each in gradients.items() if isinstance(each, Rows)}
     lengths = {name: float(each.norms().sum()) for name, each in gradients.items()}
     rounding = 1e-4 * sum(lengths.values())  # of a parameter whose gradient is zero but for it
     for name, parameter in _trained(model).items():
@@ -482,7 +379,7 @@ def _advice(mode: GradSampleMode | None) -> str:
     )
 
 
-def _wrapped(module: nn.Module, mode: GradSampleMode, factored: dict[Tensor, list[_Gradients]]) -> Any:
+def _wrapped(module: nn.Module, mode: GradSampleMode, factored: dict[Tensor, list[Gradients]]) -> Any:
     """Return Opacus' hooks on ``module``; under ``ghost``, what need not be written out goes into ``factored``.
 
     Opacus' own ghost norms are not used. They are computed in the model's type: what is squared may vanish, and for a
@@ -495,20 +392,20 @@ def _wrapped(module: nn.Module, mode: GradSampleMode, factored: dict[Tensor, lis
     if mode == "hooks":
         return wrapper
 
-    def keep(parameter: Tensor, gradients: _Gradients, count: int) -> dict[Tensor, Tensor]:
+    def keep(parameter: Tensor, gradients: Gradients, count: int) -> dict[Tensor, Tensor]:
         factored.setdefault(parameter, []).append(gradients)
         return {parameter: torch.zeros(count, 0)}  # Opacus is to hold something
 
     def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
         if backprops.dim() != 2 or not layer.weight.requires_grad:
             return compute_linear_grad_sample(layer, activations, backprops)  # type: ignore[no-any-return]
-        found = keep(layer.weight, _Outer.of(backprops, activations[0]), len(backprops))
+        found = keep(layer.weight, Outer.of(backprops, activations[0]), len(backprops))
         if layer.bias is not None and layer.bias.requires_grad:
             found[layer.bias] = backprops
         return found
 
     def embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
-        rows = _Lookup.of(activations[0], backprops, layer.num_embeddings)
+        rows = Lookup.of(activations[0], backprops, layer.num_embeddings)
         return keep(layer.weight, rows, len(backprops))
 
     wrapper.GRAD_SAMPLERS = {**wrapper.GRAD_SAMPLERS, nn.Linear: linear, nn.Embedding: embedding}
