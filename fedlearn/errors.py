@@ -14,7 +14,6 @@
     │   └── TaskNotFoundError      no task of that name
     ├── LedgerError                exit 1: a ledger's chain does not hold (carries the line's number)
     ├── RunFailedError             exit 1: the run could not go on
-    │   ├── BudgetSpentError       the next release would bring epsilon above what is permitted
     │   ├── TooFewClientsError     not enough clients were there in time
     │   └── RoundFailedError       a round was tried as often as allowed
     └── ReplyError                 one client's reply was refused; the round goes on without it
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
-    "BudgetSpentError",
     "ConfigError",
     "DataError",
     "DependencyError",
@@ -137,10 +135,6 @@ class LedgerError(FedlearnError):
 
 class RunFailedError(FedlearnError):
     """The run could not go on; its last good model is kept."""
-
-
-class BudgetSpentError(RunFailedError):
-    """The next release would bring epsilon above what is permitted, so it is not made."""
 
 
 class TooFewClientsError(RunFailedError):

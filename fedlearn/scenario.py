@@ -13,6 +13,8 @@ from fedlearn.errors import ConfigError, MissingError
 
 __all__ = ["apply_overrides", "load_config", "read_scenario"]
 
+_ASKS_FOR_PRIVACY = ("privacy.target-epsilon", "privacy.noise-multiplier", "privacy.max-epsilon")
+
 _EXCLUSIVE = {
     "privacy.noise-multiplier": "target-epsilon",
     "privacy.target-epsilon": "noise-multiplier",
@@ -40,7 +42,14 @@ def read_scenario(source: str | None, overrides: Iterable[str] = ()) -> RunConfi
         mapping = _anchored(_read_toml(Path(source)), Path(source).resolve().parent)
     elif source is not None:
         mapping = {"task": source}
-    return RunConfig.from_mapping(_anchored(apply_overrides(mapping, overrides), Path.cwd()))
+    wanted = list(overrides)
+    config = RunConfig.from_mapping(_anchored(apply_overrides(mapping, wanted), Path.cwd()))
+    names = [each.partition("=")[0].strip() for each in wanted]
+    asked = [name for name in names if name in _ASKS_FOR_PRIVACY]
+    if asked and config.privacy.unit == "none" and "privacy.unit" not in names:
+        reason = f'is "none", so that {asked[0]} promises nothing; set privacy.unit=client or privacy.unit=example too'
+        raise ConfigError("privacy.unit", reason)
+    return config
 
 
 def load_config(path: Path) -> RunConfig:
@@ -104,7 +113,7 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
     >>> apply_overrides({"seed": 1}, ["federation.clients=4", "data.partition=iid"])
     {'seed': 1, 'federation': {'clients': 4}, 'data': {'partition': 'iid'}}
     """
-    merged = _copied(mapping)
+    merged, named = _copied(mapping), set[str]()
     for override in overrides:
         name, equals, value = override.partition("=")
         parts = [part.strip() for part in name.split(".")]
@@ -120,7 +129,11 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
                 raise ConfigError(".".join(parts[:depth]), reason)
             table = inner
         key = parts[-1]
+        named.add(".".join(parts))
         if other := _EXCLUSIVE.get(".".join(parts)):
+            if parts[0] == "privacy" and f"privacy.{other}" in named:
+                reason = f"only one of it and privacy.{other} may be set; privacy.max-epsilon is a budget beside either"
+                raise ConfigError(".".join(parts), reason)
             table.pop(other, None)  # a scenario that spells out one of the two can still be overridden
         table[key] = _override_value(value.strip())
     return merged

@@ -68,10 +68,27 @@ class CheckedLedger:
     @property
     def clients(self) -> list[Path]:
         """The clients' own ledgers beside a run's whose noise is theirs; they say what it is worth, this one cannot."""
+        return list(self._clients)
+
+    @property
+    def _clients(self) -> dict[Path, Head | None]:
+        """Those ledgers that are there or that ``summary.json`` names, and how far it says that each goes."""
         if self.policy.get("unit") != "example":
-            return []
-        found = self.path.parent.glob("clients/*/ledger.jsonl")
-        return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))
+            return {}
+        folder = self.path.with_name("clients")
+        named = _stated(self.path.with_name("summary.json"), "client_ledgers") or {}
+        found = {path.parent.name for path in folder.glob("*/ledger.jsonl")} | set(named)
+        names = sorted(found, key=lambda name: (len(name), name))
+        return {folder / name / "ledger.jsonl": _head(named[name]) if name in named else None for name in names}
+
+    def open_clients(self) -> list[CheckedLedger]:
+        """Return the clients' own ledgers, each checked to its end where ``summary.json`` says where that is.
+
+        Raises:
+            LedgerMissingError: one that is named there is missing.
+            LedgerError: the chain of one does not hold, or lines are missing at its end.
+        """
+        return [_checked(path, expected) for path, expected in self._clients.items()]
 
     def number(self, name: str) -> float | None:
         """Return a number of the policy, or ``None`` where it has none.
@@ -159,10 +176,15 @@ def _population(ledger: CheckedLedger) -> int:
 
 def _open(path: Path) -> CheckedLedger:
     """Read one ledger and check it."""
+    file = path / "ledger.jsonl" if path.is_dir() else path
+    stated = _stated(file.with_name("summary.json"), "ledger") if file.name == "ledger.jsonl" else None
+    return _checked(file, None if stated is None else _head(stated))
+
+
+def _checked(file: Path, expected: Head | None) -> CheckedLedger:
+    """Read one ledger and check that its chain holds, as far as is expected at least."""
     from fedlearn.privacy.ledger import read_events
 
-    file = path / "ledger.jsonl" if path.is_dir() else path
-    expected = _expected(file.with_name("summary.json")) if file.name == "ledger.jsonl" else None
     try:
         events = read_events(file, expected)
     except LedgerError as error:
@@ -171,14 +193,21 @@ def _open(path: Path) -> CheckedLedger:
     return CheckedLedger(path=file, events=tuple(events), expected=expected)
 
 
-def _expected(summary: Path) -> Head | None:
-    """Return how far a run's summary says that its ledger goes, or ``None`` where it says nothing."""
-    from fedlearn.privacy.ledger import Head
-
+def _stated(summary: Path, name: str) -> Any:
+    """Return what a run's summary says under ``privacy`` by this name, or ``None`` where it says nothing."""
     if not summary.exists():
         return None
     try:
-        stated = json.loads(summary.read_bytes()).get("privacy", {}).get("ledger")
-        return None if stated is None else Head(count=int(stated["lines"]), sha256=str(stated["sha256"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return json.loads(summary.read_bytes()).get("privacy", {}).get(name)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunUnreadableError(f"{summary} is damaged: {error}; how far the ledger must go is not known") from error
+
+
+def _head(stated: Any) -> Head:
+    """Return how far a summary says that a ledger goes."""
+    from fedlearn.privacy.ledger import Head
+
+    try:
+        return Head(count=int(stated["lines"]), sha256=str(stated["sha256"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunUnreadableError(f"summary.json is damaged: {error}; how far a ledger must go is not known") from error

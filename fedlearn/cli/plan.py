@@ -162,6 +162,9 @@ def _promise_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     from fedlearn.cli.promise import epsilon_text, promise_rows
 
     rows = promise_rows(plan["privacy"], plan["rounds"])
+    budget, epsilon = plan["privacy"].get("budget"), plan["privacy"]["epsilon"]
+    if budget is not None and epsilon != "inf" and epsilon > budget:
+        rows.insert(1, ("", "above the budget: the run will end before its last round"))
     without = plan["privacy"].get("epsilon_without_amplification")
     if without is not None and without > plan["privacy"]["epsilon"] * 1.001:
         rows.insert(1, ("", f"{epsilon_text(without)} if who is invited were no secret"))

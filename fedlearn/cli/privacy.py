@@ -170,6 +170,12 @@ def _answer(
         rows += [("drawn", _drawn(releases[0].sampling.rate)), ("rounds", f"{releases[0].steps:,}")]
     say_files(ledgers)
     say_facts(rows, title="What the releases reveal at most", headline=1)
+    heads = {event.sha256 for each in ledgers for event in each.events}
+    if any(head not in heads for each in ledgers for head in each.policy.get("earlier", ())):
+        said = "The run counted earlier ledgers on the same clients too; give them beside this one for what all cost."
+        from fedlearn.cli.rendering import console
+
+        console().print(f"\n{said}")
     warn_of_seeds(releases)
 
 
@@ -179,7 +185,7 @@ def _answer_by_client(run: CheckedLedger, delta: float | None, as_json: bool) ->
     from fedlearn.privacy.accounting import QUICK
     from fedlearn.privacy.accounting import epsilon as compute
 
-    ledgers = [each for path in run.clients for each in open_ledgers([path])]  # two that hold as many begin alike
+    ledgers = run.open_clients()
     deltas = [delta_of([each], delta) for each in ledgers]
     found = [
         compute(each.releases, own, unit="example", interval=QUICK) for each, own in zip(ledgers, deltas, strict=True)

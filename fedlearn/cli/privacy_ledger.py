@@ -110,7 +110,9 @@ def _show_ledger(
         stdout.print(f"{len(counts)} of {len(releases):,} releases", style="dim")
     stdout.print(_growth(spent, _budget(ledger)), soft_wrap=True)
     if ledger.clients:
-        stdout.print(f"The noise is the clients' own: see {ledger.clients[0]} and its neighbours", soft_wrap=True)
+        said = "Infinite is what the server adds: nothing. The noise is the clients' own, each in its ledger under"
+        stdout.print(f"{said} {ledger.path.with_name('clients')}: fedlearn privacy epsilon {ledger.path.parent}")
+        warn_of_seeds([each for client in ledger.open_clients() for each in client.releases])
     if picture is not None:
         stdout.print(f"Picture: {picture}", soft_wrap=True)
     warn_of_seeds(releases)

@@ -36,7 +36,7 @@ def promise_rows(privacy: Mapping[str, Any], rounds: int) -> list[tuple[str, str
         return [("privacy", "none promised: epsilon is infinite (privacy.unit = none)")]
     budget = f" of {privacy['budget']:g}" if privacy.get("budget") is not None else ""
     example = privacy["unit"] == "example"
-    delta = f" at delta {'up to ' * example}{privacy['delta']:.3g}" if "delta" in privacy else ""
+    delta = f" at delta {'up to ' * example}{privacy['delta']:.5g}" if "delta" in privacy else ""
     most = ", the largest of the clients" if example else ""
     rows = [
         ("epsilon", f"{epsilon_text(privacy['epsilon'])}{budget}{delta}{most}"),
@@ -48,5 +48,6 @@ def promise_rows(privacy: Mapping[str, Any], rounds: int) -> list[tuple[str, str
         rows.append(("noise drawn", _SIMULATED))
     if "stopped" in privacy:
         reason = f"after round {rounds}: round {rounds + 1} would bring epsilon above the budget"
-        rows.append(("stopped", f"{reason}; the model of round {rounds} is kept" if rounds else reason))
+        untrained = "before round 1, which alone would bring epsilon above the budget; the model is untrained"
+        rows.append(("stopped", f"{reason}; the model of round {rounds} is kept" if rounds else untrained))
     return rows

@@ -271,7 +271,8 @@ def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     predict = _command("predict", folder) + ("" if _tested_centrally(summary, lines) else " --data FILE")
     commands = [predict, f"{opener} {shlex.quote(str(folder.path / 'history.svg'))}"]
     if summary["privacy"]["unit"] != "none":
-        commands.append(_command("privacy show", folder))
+        verb = "privacy epsilon" if summary["privacy"]["unit"] == "example" else "privacy show"
+        commands.append(_command(verb, folder))
     for command in commands:
         stdout.print(f"  {command}", soft_wrap=True)
 

@@ -90,10 +90,12 @@ def _privacy(folder: RunFolder) -> dict[str, Any]:
 
 
 def _of_clients(folder: RunFolder) -> dict[str, Any]:
-    """Return the largest epsilon and delta of the simulated clients' own ledgers, their number and least noise."""
-    spent, noises = [], []
+    """Return the largest epsilon and delta of the simulated clients' ledgers, how far each goes, their least noise."""
+    spent, noises, heads = [], [], dict[str, Any]()
     for path in sorted((folder.path / "clients").glob("*/ledger.jsonl")):
         events = read_events(path)
+        head = Head.of(events)
+        heads[path.parent.name] = {"lines": head.count, "sha256": head.sha256}
         noises += [read_number(event.body["noise-multiplier"]) for event in events if event.kind == "run.policy"]
         delta = max(read_number(event.body["delta"]) for event in events if event.kind == "run.policy")
         spent.append((epsilon(releases_of(events), delta, unit="example", interval=QUICK), delta))
@@ -103,7 +105,7 @@ def _of_clients(folder: RunFolder) -> dict[str, Any]:
         "epsilon": _finite_or_inf(max(each for each, _ in spent)),
         "delta": max(delta for _, delta in spent),
         "noise_multiplier": min(noises),
-        "accounted_clients": len(spent),
+        "client_ledgers": heads,
     }
 
 

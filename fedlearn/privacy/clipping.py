@@ -28,12 +28,14 @@ def l2_norm(vector: NDArray[np.floating[Any]]) -> float:
     >>> l2_norm(np.array([3e-320, 4e-320])) > 0, l2_norm(np.array([3e300, 4e300]))
     (True, 5e+300)
     """
-    wide = vector.astype(np.float64)
+    wide = vector.astype(np.float64, copy=False)
+    with np.errstate(all="ignore"):
+        square = float(np.dot(wide, wide))
+    if 1e-200 < square < 1e200:  # no square of what matters overflowed or vanished
+        return math.sqrt(square)
     largest = float(np.abs(wide).max(initial=0.0))
     if largest == 0.0 or not math.isfinite(largest):
         return largest
-    if 1e-100 < largest < 1e100:  # no square of what matters overflows or vanishes
-        return math.sqrt(float(np.dot(wide, wide)))
     _, exponent = math.frexp(largest)
     scaled = np.ldexp(wide, -exponent)
     with np.errstate(over="ignore"):  # the norm itself may be beyond float64
@@ -136,14 +138,15 @@ def clip(update: Update, bound_l2: float) -> ClippedUpdate:
     if not (bound_l2 > 0 and math.isfinite(bound_l2)):
         raise ValueError(f"bound_l2 must be above 0 and finite, got {bound_l2}")
     vector, norm = update.vector, update.norm
-    if not np.isfinite(vector).all():
+    if not math.isfinite(norm) and not np.isfinite(vector).all():  # a finite vector's norm may be beyond float64
         return ClippedUpdate(vector=np.zeros_like(vector), bound_l2=bound_l2, within=False, finite=False)
     if norm <= bound_l2:
         return ClippedUpdate(vector=vector, bound_l2=bound_l2)
-    wide = vector.astype(np.float64)
-    _, exponent = math.frexp(float(np.abs(wide).max()))
-    scaled = np.ldexp(wide, -exponent)  # every entry within [-1, 1]: the norm is finite even where the update's is not
-    length = l2_norm(scaled)
+    scaled, length = vector.astype(np.float64, copy=False), norm
+    if not (1e-100 < norm < 1e100 and bound_l2 > 1e-100):  # their quotient might vanish, or the norm be infinite
+        _, exponent = math.frexp(float(np.abs(scaled).max()))
+        scaled = np.ldexp(scaled, -exponent)  # every entry within [-1, 1]: the norm is finite even where it was not
+        length = l2_norm(scaled)
     shrink = 1.0
     while True:  # rounding to the vector's own type can add to the norm; at most a few steps of its precision
         clipped = (scaled * (bound_l2 * shrink / length)).astype(vector.dtype)
@@ -189,7 +192,9 @@ class ClippedSum:
                 f"an update of shape {update.vector.shape} clipped to {update.bound_l2:g} cannot be added to a sum of "
                 f"shape {self._units.shape} for {self.bound_l2:g}"
             )
-        self._units += np.rint(update.vector.astype(np.float64) / self.grid).astype(np.int64)
+        wide = update.vector.astype(np.float64)
+        wide /= self.grid
+        self._units += np.rint(wide, out=wide).astype(np.int64)
         self.count += 1
         self.within += update.within
 

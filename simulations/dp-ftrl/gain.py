@@ -41,11 +41,11 @@ class Way:
     one_band: bool = False
 
 
-DP_FTRL = Way(name="correlated noise (dp-ftrl)")
-SEPARATED = Way(name="independent noise, participations apart", one_band=True)
-EVERY_ROUND = Way(name="independent noise, any round", overrides=_INDEPENDENT)
-SECRET = Way(name="independent noise, secret Poisson cohorts", overrides=_SECRET)
-NONE = Way(name="no privacy", overrides=("privacy.unit=none", "federation.sampling=fixed-size", *_INDEPENDENT[:1]))
+DP_FTRL = Way(name="correlated (dp-ftrl)")
+SEPARATED = Way(name="independent, apart", one_band=True)
+EVERY_ROUND = Way(name="independent", overrides=_INDEPENDENT)
+SECRET = Way(name="independent, secret cohort", overrides=_SECRET)
+NONE = Way(name="none", overrides=("privacy.unit=none", "federation.sampling=fixed-size", *_INDEPENDENT[:1]))
 WAYS = (EVERY_ROUND, SEPARATED, DP_FTRL, SECRET, NONE)
 
 

@@ -432,3 +432,39 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
     assert done.returncode == 0
     assert done.stderr.splitlines()[-1] == "loaded:"
     assert all(verb in done.stdout for verb in (words or ("epsilon", "calibrate", "show")))
+
+
+@pytest.fixture
+def hidden_examples(fedlearn: Fedlearn, tmp_path: Path) -> Path:
+    """A run whose clients account for themselves, as ``simulate`` leaves it."""
+    folder = tmp_path / "run"
+    settings = ("task=digits-mlp", "federation.clients=3", "federation.rounds=2", "data.partition=iid")
+    asked = ("privacy.unit=example", "privacy.noise-multiplier=2", "training.local-steps=1")
+    overrides = [word for each in (*settings, *asked) for word in ("--set", each)]
+    assert fedlearn("simulate", *overrides, "--out", str(folder), "--quiet", "--json")[0] == 0
+    return folder
+
+
+def test_a_clients_line_or_a_client_that_is_missing_at_the_end_is_found(
+    fedlearn: Fedlearn, hidden_examples: Path
+) -> None:
+    assert fedlearn("privacy", "epsilon", str(hidden_examples))[0] == 0
+    ledger = hidden_examples / "clients" / "1" / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[:-1]))
+    code, _, err = fedlearn("privacy", "epsilon", str(hidden_examples))
+    assert (code, f"line {len(lines)}" in err) == (1, True)
+    ledger.unlink()
+    code, _, err = fedlearn("privacy", "epsilon", str(hidden_examples))
+    assert (code, "clients/1" in err) == (3, True)
+    shutil.rmtree(hidden_examples / "clients")
+    assert fedlearn("privacy", "epsilon", str(hidden_examples))[0] == 3
+
+
+@pytest.mark.parametrize("verb", ["plan", "simulate"])
+def test_an_epsilon_for_nobody_and_two_numbers_at_once_are_refused(fedlearn: Fedlearn, verb: str) -> None:
+    code, _, err = fedlearn(verb, "--set", "privacy.target-epsilon=8")
+    assert (code, "privacy.unit=client" in err) == (2, True)
+    two = ("--set", "privacy.target-epsilon=8", "--set", "privacy.noise-multiplier=1")
+    code, _, err = fedlearn(verb, "--set", "privacy.unit=client", *two)
+    assert (code, "only one of" in err) == (2, True)

@@ -100,7 +100,7 @@ def test_nothing_is_left_after_an_earlier_run_that_spent_it(fedlearn: Fedlearn, 
     third = settings("privacy.noise-multiplier=1", "privacy.max-epsilon=3.1", "privacy.earlier-ledgers=a")
     code, out, _ = fedlearn("simulate", *TINY, *CLIENT, *third, "--out", "c", "-q")
     assert code == 0
-    assert "round 1 would bring epsilon above the budget" in " ".join(out.split())
+    assert "before round 1, which alone would bring epsilon above the budget" in " ".join(out.split())
 
 
 def test_an_earlier_ledger_that_is_missing_damaged_or_not_known_is_refused(fedlearn: Fedlearn, tmp_path: Path) -> None:

@@ -69,10 +69,10 @@ _CLIENT = ("privacy.unit=client", *_NOISE)
 _EXAMPLE = ("privacy.unit=example", *_NOISE)
 
 CASES = (
-    Case(name="digits-mlp, 4,810 parameters, 14 examples", task="digits-mlp", overrides=("federation.clients=100",)),
-    Case(name="digits CNN, 9,930 parameters, 14 examples", task="digits", overrides=("federation.clients=100",)),
+    Case(name="digits-mlp", task="digits-mlp", overrides=("federation.clients=100",)),
+    Case(name="digits", task="digits", overrides=("federation.clients=100",)),
     Case(
-        name="MLP, 101,770 parameters, 20 examples",
+        name="784-128-10",
         task=str(Path(__file__).with_name("task.py")),
         overrides=("federation.clients=1000",),
     ),
@@ -81,9 +81,9 @@ CASES = (
 PLAIN = Way(name="none", overrides=("privacy.unit=none",))
 WAYS = (
     PLAIN,
-    Way(name="client, gaussian", overrides=(*_CLIENT, "federation.sampling=fixed-size")),
-    Way(name="client, gaussian, Poisson cohort", overrides=_CLIENT),
-    Way(name="client, adaptive clipping", overrides=(*_CLIENT, "privacy.adaptive-clipping=true")),
+    Way(name="client", overrides=(*_CLIENT, "federation.sampling=fixed-size")),
+    Way(name="client, Poisson cohort", overrides=_CLIENT),
+    Way(name="client, adaptive", overrides=(*_CLIENT, "privacy.adaptive-clipping=true")),
     Way(name="client, dp-ftrl", overrides=(*_CLIENT, "privacy.mechanism=dp-ftrl")),
     Way(name="example, hooks", overrides=(*_EXAMPLE, "privacy.grad-sample-mode=hooks")),
     Way(name="example, functorch", overrides=(*_EXAMPLE, "privacy.grad-sample-mode=functorch")),
