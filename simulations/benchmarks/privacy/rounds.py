@@ -199,5 +199,7 @@ def _row(each: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     parser = arguments(__doc__)
     parser.add_argument("--turns", type=int, default=TURNS, metavar="N", help=f"how many (default: {TURNS})")
+    parser.add_argument("--only", default="", metavar="UNIT", help="client or example: these ways, beside none")
     given = parser.parse_args()
-    finish(lambda: experiment(given.set, turns=given.turns), as_json=given.json)
+    chosen = [way for way in WAYS if way == PLAIN or way.name.startswith(given.only)]
+    finish(lambda: experiment(given.set, ways=chosen, turns=given.turns), as_json=given.json)
