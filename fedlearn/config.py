@@ -95,8 +95,8 @@ class FederationConfig:
         clients: parties that hold data.
         cohort: clients invited to a round, at most ``clients``, under ``poisson`` on average; left out: all of them.
         rounds: rounds to run.
-        sampling: how a cohort is drawn: so many without replacement (``fixed-size``), each client for itself with
-            probability cohort/clients (``poisson``), or from those that have not taken part for
+        sampling: how a cohort is drawn: so many without replacement (``fixed-size``), or where clients are hidden each
+            for itself with probability cohort/clients (``poisson``), or from those that have not taken part for
             ``privacy.min-separation`` rounds (``separated``). ``auto``: as the promised privacy needs it.
         min_respondents: answers without which a round is tried again; left out: half the cohort, rounded up. Under
             ``privacy.unit = "client"`` no round is tried again or thrown away, however few answer.
@@ -293,9 +293,7 @@ class RunConfig:
             reason = 'must be "uniform" under privacy.unit = "example": the number of examples would leave the client'
             raise ConfigError("training.weighting", reason)
         if self.privacy.unit == "client" and self.training.max_examples == _UNCAPPED:
-            reason = (
-                f"hiding clients, one counts for its share of this number, of which {_UNCAPPED:,} leaves only noise; "
-            )
+            reason = f"hidden clients count for their share of it, of which {_UNCAPPED:,} leaves nothing but noise; "
             reason += 'set it near what a client holds, without looking, or training.weighting = "uniform"'
             raise ConfigError("training.max-examples", reason)
 
@@ -311,12 +309,8 @@ class RunConfig:
             reason = 'and privacy.mechanism = "dp-ftrl" under privacy.unit = "client" need each other'
             raise ConfigError("federation.sampling", f'"separated" {reason}; leave federation.sampling out')
         if self.privacy.amplification == "poisson" and sampling != "poisson":
-            reason = (
-                f'"poisson" is not what is drawn (federation.sampling = "{sampling}"): an accountant must not claim it'
-            )
-            raise ConfigError(
-                "privacy.amplification", f'{reason}; set federation.sampling = "poisson", or leave it out'
-            )
+            reason = f'"poisson" is not drawn (federation.sampling = "{sampling}"): an accountant must not claim it'
+            raise ConfigError("privacy.amplification", f"{reason}; draw it that way, or leave this out")
         if self.privacy.amplification == "auto":
             _set(self, "privacy", amplification="poisson" if client and sampling == "poisson" else "none")
 
@@ -326,9 +320,7 @@ class RunConfig:
         if clients < 2:
             raise ConfigError("federation.clients", "must be at least 2 for a client to be hidden among them")
         if delta != "auto" and delta >= 1 / clients:
-            reason = (
-                f"must be below 1/clients ({1 / clients:.3g}), got {delta:g}: above it one client may be given away"
-            )
+            reason = f"must be below 1/clients ({1 / clients:.3g}), got {delta:g}: else one client may be given away"
             raise ConfigError("privacy.delta", f"{reason}; leave it out for clients^-1.1")
         if self.privacy.mechanism == "dp-ftrl":
             most = clients // cohort

@@ -9,9 +9,9 @@ import numpy as np
 from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
-from fedlearn.learning import Evaluation, Examples, FlatModel, Task, Trained, check_prepare
+from fedlearn.learning import Evaluation, Examples, FlatModel, Task, Trained, check_prepare, local_steps
 from fedlearn.learning.account import ClientAccount
-from fedlearn.learning.dpsgd import DpSgd, planned_release, private_steps, sample_rate, train_private
+from fedlearn.learning.dpsgd import DpSgd, planned_release, sample_rate, train_private
 from fedlearn.privacy.clipping import ClippedUpdate, Update, clip
 from fedlearn.privacy.noise import Noise
 from fedlearn.sources import SeedTree
@@ -73,7 +73,7 @@ def train_hiding_examples(
     check_prepare(task)
     privacy, training = plan.config.privacy, plan.config.training
     size, number = len(examples), plan.round_number
-    rate, steps = sample_rate(size, training), private_steps(size, training)
+    rate, steps = sample_rate(size, training), local_steps(size, training)
     rounds = plan.config.federation.rounds
     with account.exclusive():
         multiplier = account.noise_multiplier(privacy, run=plan.run, rounds=rounds, rate=rate, steps=steps)

@@ -116,14 +116,14 @@ class ClientAccount:
             yield
 
     def record(self, release: Release) -> None:
-        """Write ``release`` to the disk, and only then return: the update may leave now, and not before.
+        """Write ``release`` to the disk, and only then return: training may begin now, and not before.
 
-        Its evidence holds the update's hash under ``update``. A simulated release that is there already, the same round
-        with the same update, is not written twice.
+        A simulated release that is there already, the same round of the same run with the same model, has the same
+        noise and is not written twice.
 
         Raises:
             ReplyError: ``budget-spent``, as for ``permit``.
-            RunFailedError: it cannot be written; the update may not leave.
+            RunFailedError: it cannot be written; nothing may be trained.
         """
         if release.simulated and any(release.to_body() == each.to_body() for each in self._releases()):
             return

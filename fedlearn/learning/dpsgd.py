@@ -30,7 +30,7 @@ from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.releases import Query, Release, Sampling
 from fedlearn.sources import SeedTree
 
-__all__ = ["DpSgd", "PrivateTraining", "planned_release", "private_steps", "sample_rate", "train_private"]
+__all__ = ["DpSgd", "PrivateTraining", "planned_release", "sample_rate", "train_private"]
 
 _MOST_NUMBERS = 2**27  # gradients held at a time, in numbers: 512 MiB
 _GRID = 2.0**-20  # of the noise's standard deviation
@@ -81,11 +81,6 @@ def sample_rate(size: int, training: TrainingConfig) -> float:
     return _expected_batch(size, training) / size
 
 
-def private_steps(size: int, training: TrainingConfig) -> int:
-    """Return the steps of a round: ``local_steps``, or ⌈1/q⌉ for every local epoch."""
-    return local_steps(size, training)
-
-
 def planned_release(
     *, round_number: int, size: int, training: TrainingConfig, dp: DpSgd, simulated: bool, evidence: Mapping[str, str]
 ) -> Release:
@@ -99,7 +94,7 @@ def planned_release(
         mechanism="gaussian",
         queries=(Query(name="gradient", sensitivity_l2=dp.bound_l2, stddev=dp.stddev),),
         sampling=Sampling(method="everyone" if rate == 1 else "poisson", rate=rate, population=size),
-        steps=private_steps(size, training),
+        steps=local_steps(size, training),
         simulated=simulated,
         evidence=evidence,
     )
@@ -158,7 +153,7 @@ def train_private(
     """
     if (size := len(examples)) == 0:
         raise DataError("there is no example to train on")
-    rate, momentum, steps = sample_rate(size, training), training.momentum, private_steps(size, training)
+    rate, momentum, steps = sample_rate(size, training), training.momentum, local_steps(size, training)
     check_once(model, task, received, examples, dp.mode, seeds)
     length = model.spec.trainable_size
     trained = slice(0, length)

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from fedlearn.config import TrainingConfig
 from fedlearn.errors import DataError, DependencyError
-from fedlearn.learning import Examples, FlatModel, Task, dpsgd, train
-from fedlearn.learning.dpsgd import DpSgd, planned_release, private_steps, sample_rate, train_private
+from fedlearn.learning import Examples, FlatModel, Task, dpsgd, local_steps, train
+from fedlearn.learning.dpsgd import DpSgd, planned_release, sample_rate, train_private
 from fedlearn.privacy.noise import SecureNoise, SimulatedNoise
 from fedlearn.sources import SecureRandom, SeedTree
 
@@ -125,7 +125,7 @@ def test_a_resident_model_trains_the_next_client_as_a_fresh_one(mode) -> None:
 def test_q_is_the_batch_size_over_n_and_an_epoch_is_one_over_q_steps_rounded_up(size, changes, rate, steps) -> None:
     training = setting(**changes)
     assert sample_rate(size, training) == rate
-    assert private_steps(size, training) == steps
+    assert local_steps(size, training) == steps
 
 
 def test_opacus_takes_q_for_one_over_the_loaders_length_and_not_the_batch_over_n() -> None:
