@@ -55,7 +55,8 @@ def epsilon(
         releases: of one run, or of several on the same clients.
         delta: the probability with which the promise may fail, in (0, 1).
         unit: whose presence is hidden. Nobody's (``none``): infinity.
-        accountant: ``pld`` is the tightest; ``rdp`` is there to be compared with.
+        accountant: ``pld`` is the tightest; ``rdp`` is there to be compared with. Where there is Skellam noise both are
+            ``rdp``.
         interval: of PLD's grid.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fedlearn.config_reading import kebab, snake
 
-__all__ = ["Adjacency", "Matrix", "Query", "Release", "Sampling", "Unit", "read_number", "written_number"]
+__all__ = ["Adjacency", "Lattice", "Matrix", "Query", "Release", "Sampling", "Unit", "read_number", "written_number"]
 
 Unit = Literal["none", "example", "client"]
 Adjacency = Literal["add-remove", "zero-out"]
@@ -71,6 +71,26 @@ class Matrix:
     min_separation: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lattice:
+    """Skellam noise on a sum of integers, as it was drawn: in units of the lattice, which is what epsilon comes of.
+
+    Attributes:
+        sensitivity_l1: how far one unit can move the sum, in L1 norm.
+        sensitivity_l2: how far in L2 norm; in relation to √variance as the query's is to its stddev.
+        variance: of the noise on every coordinate: no more than what is certainly in the sum.
+        slack: how far the logarithm of the noise's probabilities may be off, for all coordinates and clients together
+            (``fedlearn.privacy.skellam.Slack.log_ratio``).
+        slack_delta: how far off they may be in total variation besides.
+    """
+
+    sensitivity_l1: float
+    sensitivity_l2: float
+    variance: float
+    slack: float = 0.0
+    slack_delta: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Release:
     """One thing that left a trust boundary.
@@ -80,11 +100,12 @@ class Release:
         round_number: counted from 1.
         unit: whose presence the noise hides; ``none``: nobody's.
         adjacency: what neighbouring data sets are: a unit is added or removed, or its contributions become zero.
-        mechanism: ``gaussian``, ``dp-ftrl``, or a name that is not known here.
+        mechanism: ``gaussian``, ``dp-ftrl``, ``skellam``, or a name that is not known here.
         queries: what was answered with noise, jointly.
         sampling: how those who took part were drawn.
         steps: how often it was done, each with a fresh draw and fresh noise.
         matrix: where the noise is correlated over rounds.
+        lattice: where the noise is Skellam's; the query then says the same in the model's units, for people.
         simulated: whether the noise came from a seed; it then protects nobody.
         evidence: what else was observed, as strings: hashes of the model before and after, of the realised draw.
         unknown: names of fields that this version does not know; any of them makes epsilon infinite.
@@ -99,6 +120,7 @@ class Release:
     sampling: Sampling
     steps: int = 1
     matrix: Matrix | None = None
+    lattice: Lattice | None = None
     simulated: bool
     evidence: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
@@ -138,8 +160,9 @@ class Release:
         body: dict[str, Any] = {
             kebab(each.name): _written(getattr(self, each.name)) for each in fields(self) if each.name != "unknown"
         }
-        if self.matrix is None:
-            del body["matrix"]
+        for name in ("matrix", "lattice"):
+            if body[name] is None:
+                del body[name]
         return body
 
     @classmethod
@@ -152,9 +175,9 @@ class Release:
         known = {kebab(each.name) for each in fields(cls)} - {"unknown"}
         unknown = tuple(sorted(set(body) - known))
         try:
-            matrix, extra = None, list(unknown)
-            if "matrix" in body:
-                matrix = _read(Matrix, body["matrix"], extra)
+            extra = list(unknown)
+            matrix = _read(Matrix, body["matrix"], extra) if "matrix" in body else None
+            lattice = _read(Lattice, body["lattice"], extra) if "lattice" in body else None
             return cls(
                 what=_text(body["what"]),
                 round_number=_whole(body["round-number"]),
@@ -165,6 +188,7 @@ class Release:
                 sampling=_read(Sampling, body["sampling"], extra),
                 steps=_whole(body["steps"]),
                 matrix=matrix,
+                lattice=lattice,
                 simulated=_flag(body["simulated"]),
                 evidence={_text(name): _text(value) for name, value in body["evidence"].items()},
                 unknown=tuple(extra),
@@ -197,7 +221,7 @@ def _written(value: Any) -> Any:
     """Return a value as JSON without floats."""
     if isinstance(value, float):
         return written_number(value)
-    if isinstance(value, Query | Sampling | Matrix):
+    if isinstance(value, Query | Sampling | Matrix | Lattice):
         return {kebab(each.name): _written(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
         return {name: _written(each) for name, each in value.items()}
@@ -207,7 +231,7 @@ def _written(value: Any) -> Any:
 
 
 def _read(kind: Any, body: Mapping[str, Any], unknown: list[str]) -> Any:
-    """Return a ``Query``, ``Sampling`` or ``Matrix``; names of unknown fields are added to ``unknown``."""
+    """Return a ``Query``, ``Sampling``, ``Matrix`` or ``Lattice``; unknown fields are added to ``unknown`` by name."""
     names = {each.name: str(each.type) for each in fields(kind)}
     unknown.extend(sorted(f"{kind.__name__.lower()}.{name}" for name in body if snake(name) not in names))
     return kind(**{name: _READERS[hint](body[kebab(name)]) for name, hint in names.items()})

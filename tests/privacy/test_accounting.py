@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import compute_epsilon as rdp_to_epsilon
 
 from fedlearn.errors import ConfigError, DependencyError, LedgerError
 from fedlearn.privacy.accounting import (
@@ -35,7 +37,9 @@ from fedlearn.privacy.accounting import (
 )
 from fedlearn.privacy.ledger import Event
 from fedlearn.privacy.matrix import sensitivity, square_root_coefficients
-from fedlearn.privacy.releases import Matrix, Query, Release, Sampling, Unit
+from fedlearn.privacy.releases import Lattice, Matrix, Query, Release, Sampling, Unit
+from fedlearn.privacy.skellam import rdp, skellam_slack
+from fedlearn.privacy.skellam import sensitivity as moved_on_lattice
 
 DELTA = 1e-5
 
@@ -72,6 +76,30 @@ def ftrl(rows: int, *, noise: float = 4.0, separation: int = 1, bands: int = 1, 
         )
         for row in range(rows)
     ]
+
+
+def skellam(
+    noise: float,
+    *,
+    scale: float = 2.0**18,
+    size: int = 100_000,
+    slack: float = 0.0,
+    slack_delta: float = 0.0,
+    steps: int = 1,
+    **changes: Any,
+) -> Release:
+    """Return a round whose noise has ``noise`` times the clipping norm, 2, for its standard deviation."""
+    l1, l2 = moved_on_lattice(scale, 2.0, size)
+    variance = (2.0 * noise * scale) ** 2
+    release = gaussian(
+        1.0,
+        steps=steps,
+        adjacency="zero-out",
+        mechanism="skellam",
+        queries=(Query(name="update", sensitivity_l2=l2 / scale, stddev=math.sqrt(variance) / scale),),
+        lattice=Lattice(sensitivity_l1=l1, sensitivity_l2=l2, variance=variance, slack=slack, slack_delta=slack_delta),
+    )
+    return replace(release, **changes)
 
 
 def exact(noise: float, delta: float = DELTA) -> float:
@@ -210,8 +238,16 @@ def query(**changes: Any) -> tuple[Query, ...]:
     return (replace(Query(name="update", sensitivity_l2=1.0, stddev=1.0), **changes),)
 
 
+def lattice(**changes: Any) -> Release:
+    """Return Skellam noise of twice the sensitivity, with another number on its lattice; the query is as it was."""
+    made = Lattice(sensitivity_l1=40.0, sensitivity_l2=16.0, variance=1024.0)
+    halves = (Query(name="update", sensitivity_l2=1.0, stddev=2.0),)
+    return skellam(2.0, queries=halves, lattice=replace(made, **changes))
+
+
+INTEGERS = lattice()
 UNKNOWN = {
-    "another mechanism": replace(GOOD, mechanism="skellam"),
+    "another mechanism": replace(GOOD, mechanism="laplace"),
     "no mechanism": replace(GOOD, mechanism="none"),
     "a field of a later version": replace(GOOD, unknown=("truncated",)),
     "no steps": replace(GOOD, steps=0),
@@ -240,6 +276,27 @@ UNKNOWN = {
     "fixed size, add-remove": replace(GOOD, sampling=drawn("fixed-size")),
     "separated, add-remove": replace(GOOD, sampling=drawn("separated")),
     "Gaussian with a matrix": replace(GOOD, matrix=matrix()),
+    "Gaussian with a lattice": replace(INTEGERS, mechanism="gaussian"),
+    "dp-ftrl with a lattice": replace(ROWS[0], lattice=INTEGERS.lattice),
+    "Skellam without a lattice": replace(INTEGERS, lattice=None),
+    "Skellam with a matrix": replace(INTEGERS, matrix=matrix()),
+    "Skellam with two queries": replace(INTEGERS, queries=INTEGERS.queries * 2),
+    "Skellam without steps": replace(INTEGERS, steps=0),
+    "Skellam, add-remove": replace(INTEGERS, adjacency="add-remove"),
+    "Skellam, Poisson and add-remove": replace(INTEGERS, adjacency="add-remove", sampling=drawn("poisson")),
+    "Skellam, an unknown draw": replace(INTEGERS, sampling=drawn("shuffled")),
+    "Skellam, a query that says less": lattice(sensitivity_l2=16.0 * (1 + 2e-6)),
+    "Skellam, a query that says more": lattice(sensitivity_l2=16.0 * (1 - 2e-6)),
+    **{
+        f"{name} {value}": lattice(**{name: value})
+        for name in ("sensitivity_l1", "sensitivity_l2", "variance", "slack", "slack_delta")
+        for value in (math.nan, math.inf, -1.0, True)
+    },
+    "an L1 norm below L2": lattice(sensitivity_l1=15.0),
+    "an L1 norm above the square of L2": lattice(sensitivity_l1=257.0),
+    "integers that move by less than 1": lattice(sensitivity_l1=0.5, sensitivity_l2=0.5, variance=0.25),
+    "no variance": lattice(variance=0.0),
+    "noise that is off by all of delta": lattice(slack_delta=DELTA),
     "dp-ftrl without a matrix": replace(GOOD, mechanism="dp-ftrl"),
     "dp-ftrl with steps": replace(ROWS[0], steps=2),
     "dp-ftrl with two queries": replace(ROWS[0], queries=(*query(), *query())),
@@ -266,6 +323,7 @@ def test_unknown_release_is_infinite(name: str) -> None:
 
 def test_what_those_are_changed_from_is_finite() -> None:
     assert math.isfinite(epsilon([GOOD, *ROWS], DELTA, interval=QUICK))
+    assert math.isfinite(epsilon([GOOD, *ROWS, INTEGERS], DELTA))
     assert math.isfinite(epsilon([replace(ROWS[0], matrix=matrix())], DELTA))
 
 
@@ -357,6 +415,177 @@ def test_rows_that_do_not_belong_together_are_infinite(change: dict[str, Any]) -
     first, second = ftrl(2)
     assert math.isfinite(epsilon([first, second], DELTA))
     assert epsilon([first, replace(second, **change)], DELTA) == math.inf
+
+
+# -- Skellam noise -------------------------------------------------------------------------------------------------
+
+NOISES_OF_ROUNDS = [(1.0, 1), (2.0, 1), (5.0, 1), (2.0, 100), (5.0, 100), (20.0, 100)]
+
+
+def renyi(noise: float, steps: int, delta: float = DELTA) -> float:
+    """The epsilon of Gaussian noise by dp_accounting's RDP, on orders dense enough to be the best."""
+    orders = [1 + 0.01 * 1.02**k for k in range(750)]
+    return float(RdpAccountant(orders).compose(GaussianDpEvent(noise), steps).get_epsilon(delta))
+
+
+@pytest.mark.parametrize(("noise", "steps"), NOISES_OF_ROUNDS)
+def test_on_a_fine_lattice_skellam_noise_costs_what_a_central_gaussian_does(noise: float, steps: int) -> None:
+    ours = [epsilon([skellam(noise, scale=scale, steps=steps)], DELTA) for scale in (2.0**10, 2.0**14, 2.0**18)]
+    central = renyi(noise, steps)
+    assert ours[0] > ours[1] > ours[2] >= central * (1 - 1e-9)
+    assert ours[2] < central * 1.003
+    assert ours[0] > central * 1.003, "a coarse one costs more, for its rounding"
+
+
+@pytest.mark.parametrize("bits", [21])
+def test_the_default_lanes_are_fine_enough(bits: int) -> None:
+    # The scale that 100 clients and a million parameters leave room for in lanes of so many bits.
+    clients, size, noise = 100, 1_000_000, 1.0
+    spread = math.sqrt(2 * math.log(2 * size / 1e-9))
+    scale = (2.0 ** (bits - 1) / spread) / math.sqrt(clients**2 * 2.0**2 / size + (2.0 * noise) ** 2)
+    assert epsilon([skellam(noise, scale=scale, size=size)], DELTA) < renyi(noise, 1) * 1.003
+
+
+@pytest.mark.parametrize("releases", [[skellam(2.0, steps=3)], [skellam(2.0), gaussian(9.0), *ftrl(2, noise=20.0)]])
+def test_by_either_accountant_skellam_noise_is_accounted_by_renyi(releases: list[Release]) -> None:
+    assert epsilon(releases, DELTA) == epsilon(releases, DELTA, accountant="rdp")
+    for grid in (QUICK, FINE):
+        assert epsilon(releases, DELTA, interval=grid) == epsilon(releases, DELTA)
+
+
+def test_one_release_is_the_best_order_of_the_published_conversion() -> None:
+    l1, l2, variance = 300.0, 40.0, 90_000.0
+    halves = (Query(name="update", sensitivity_l2=4.0, stddev=30.0),)
+    made = Lattice(sensitivity_l1=l1, sensitivity_l2=l2, variance=variance)
+    found = epsilon([skellam(1.0, queries=halves, lattice=made)], DELTA)
+
+    def at(order: int) -> float:  # Canonne et al., Proposition 12, and the published divergences
+        second = min(((2 * order - 1) * l2**2 + 6 * l1) / (4 * variance**2), 3 * l1 / (2 * variance))
+        bound = order * l2**2 / (2 * variance) + second
+        return bound + math.log1p(-1 / order) - math.log(DELTA * order) / (order - 1)
+
+    best = min(map(at, range(2, 300)))
+    assert found == pytest.approx(best, rel=1e-3)
+    assert found <= best
+
+
+def hockey_stick(epsilon: float, variance: float, moved: int) -> float:
+    """The δ of Skellam noise moved by an integer, over all integers that matter."""
+    special = pytest.importorskip("scipy.special")
+    ys = range(-int(40 * math.sqrt(variance)) - 40, int(40 * math.sqrt(variance)) + 40)
+    p = {y: float(special.ive(abs(y), variance)) for y in range(ys.start - moved, ys.stop)}
+    return math.fsum(max(0.0, p[y - moved] - math.exp(epsilon) * p[y]) for y in ys)
+
+
+@pytest.mark.parametrize("variance", [2.0, 30.0, 1000.0])
+@pytest.mark.parametrize("moved", [1, 4])
+@pytest.mark.parametrize("delta", [1e-3, 1e-6])
+def test_the_exact_delta_of_one_number_is_below_what_is_promised(variance: float, moved: int, delta: float) -> None:
+    same = (Query(name="update", sensitivity_l2=float(moved), stddev=math.sqrt(variance)),)
+    made = Lattice(sensitivity_l1=moved, sensitivity_l2=moved, variance=variance)
+    promised = epsilon([skellam(1.0, queries=same, lattice=made)], delta)
+    assert hockey_stick(promised, variance, moved) <= delta
+    assert variance < 10 or hockey_stick(0.8 * promised, variance, moved) > delta / 3, "and not far below"
+
+
+@pytest.mark.parametrize("method", ["everyone", "fixed-size", "poisson", "poisson-observed", "separated"])
+def test_no_draw_amplifies_skellam_noise(method: str) -> None:
+    assert epsilon([skellam(2.0, sampling=drawn(method))], DELTA) == epsilon([skellam(2.0)], DELTA)
+
+
+def test_a_record_moves_the_integers_twice_as_far() -> None:
+    twice = lattice(sensitivity_l1=80.0, sensitivity_l2=32.0)
+    twice = replace(twice, queries=(Query(name="update", sensitivity_l2=2.0, stddev=2.0),))
+    assert epsilon([INTEGERS], DELTA, unit="example") == epsilon([twice], DELTA) > epsilon([INTEGERS], DELTA)
+
+
+def test_skellam_and_gaussian_noise_compose() -> None:
+    both = epsilon([skellam(3.0), gaussian(4.0)], DELTA)
+    together = (1 / 9 + 1 / 16) ** -0.5
+    assert renyi(together, 1) <= both < renyi(together, 1) * 1.003
+    parts = [skellam(6.0, steps=4), skellam(4.0, steps=2), gaussian(8.0)]
+    whole = (4 / 36 + 2 / 16 + 1 / 64) ** -0.5
+    assert renyi(whole, 1) <= epsilon(parts, DELTA) < renyi(whole, 1) * 1.003
+    assert epsilon(parts[::-1], DELTA) == epsilon(parts, DELTA)
+
+
+def test_skellam_noise_composes_with_amplified_releases() -> None:
+    amplified = gaussian(1.0, rate=0.1, steps=50)
+    alone = epsilon([amplified], DELTA, accountant="rdp")
+    little = epsilon([amplified, skellam(1e5)], DELTA)
+    more = epsilon([amplified, skellam(4.0)], DELTA)
+    assert alone <= little < alone * 1.001 < more
+    assert epsilon([skellam(4.0)], DELTA) < more < alone + epsilon([skellam(4.0)], DELTA)
+    plain = gaussian(4.0, steps=1)
+    assert more == pytest.approx(epsilon([amplified, plain], DELTA, accountant="rdp"), rel=0.003)
+
+
+def test_what_the_sampler_is_off_is_paid_for() -> None:
+    ideal = epsilon([skellam(2.0)], DELTA)
+    log_ratio, total_variation = skellam_slack(2.0**30, 1_000_000 * 100)
+    real = epsilon([skellam(2.0, slack=log_ratio, slack_delta=total_variation)], DELTA)
+    assert ideal < real < ideal * (1 + 1e-4)
+    for slack in (1e-3, 0.1):
+        found = epsilon([skellam(2.0, slack=slack)], DELTA)
+        assert ideal + 2 * slack < found < ideal + 4 * slack
+    assert epsilon([skellam(2.0, slack_delta=1e-7)], DELTA) == epsilon([skellam(2.0)], DELTA / 2)
+    assert epsilon([skellam(0.05, slack_delta=1e-40)], DELTA) == math.inf, "exp(ε)·τ takes all of delta"
+    assert epsilon([skellam(0.05)], DELTA) < math.inf
+    assert math.isfinite(epsilon([skellam(2.0, slack_delta=1e-9)] * 5, DELTA))
+    assert epsilon([skellam(2.0, slack_delta=1e-9)] * 60, DELTA) == math.inf
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(1.05, 20), st.floats(0.001, 1))
+def test_a_log_ratio_adds_to_a_divergence_at_most_what_is_paid(seed: int, order: float, off: float) -> None:
+    chance = np.random.default_rng(seed)
+    p, q = chance.dirichlet(np.ones(6), size=2) + 1e-6
+    p, q = p / p.sum(), q / q.sum()
+
+    def near(ideal: np.ndarray) -> np.ndarray:
+        found = ideal * np.exp(chance.choice([-off, off], size=6) / 2)
+        return found / found.sum()
+
+    def renyi_divergence(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.log(np.sum(one**order * other ** (1 - order)))) / (order - 1)
+
+    paid = off * (2 * order - 1) / (order - 1)
+    assert renyi_divergence(near(p), near(q)) <= renyi_divergence(p, q) + paid + 1e-12
+
+
+def test_rounds_of_another_noise_each_are_added_up_in_no_time() -> None:
+    rounds = [skellam(2.0 + number / 1000, scale=2.0**12) for number in range(500)]
+    found = epsilon(rounds, DELTA)
+    assert epsilon([skellam(2.5, scale=2.0**12, steps=500)], DELTA) < found
+    assert found < epsilon([skellam(2.0, scale=2.0**12, steps=500)], DELTA)
+
+
+def test_a_divergence_of_the_account_is_that_of_the_mechanism() -> None:
+    # Two orders around the best, by hand: what is converted is what the mechanism's bound says.
+    made = skellam(2.0)
+    assert made.lattice is not None
+    sizes = {name: getattr(made.lattice, name) for name in ("sensitivity_l1", "sensitivity_l2", "variance")}
+    orders = [10, 11, 12]
+    by_hand = rdp_to_epsilon(orders, list(rdp(orders, **sizes)), DELTA)[0]
+    assert epsilon([made], DELTA) == pytest.approx(by_hand, rel=1e-3)
+    assert epsilon([made], DELTA) <= by_hand
+
+
+def test_a_budget_stops_skellam_rounds_in_time() -> None:
+    noise = calibrate(lambda z: [skellam(z, steps=5)], 2.0, DELTA)
+    rounds = [skellam(noise, round_number=number) for number in range(1, 7)]
+    assert [would_exceed(rounds[:done], [rounds[done]], 2.0, DELTA) for done in range(6)] == [False] * 5 + [True]
+    found = epsilon_by_release([*rounds[:2], gaussian(3.0)], DELTA)
+    assert found == sorted(found)
+    assert found[1] == epsilon(rounds[:2], DELTA)
+
+
+def test_a_ledger_with_skellam_noise_costs_what_its_releases_do() -> None:
+    releases = [skellam(2.0, slack=1e-6), gaussian(9.0)]
+    events = [event("round.release", releases[0].to_body()), event("eval.release", releases[1].to_body())]
+    assert epsilon_of_ledger(events, DELTA) == epsilon(releases, DELTA)
+    later = releases[0].to_body()
+    later["lattice"]["scale"] = "8.0"
+    assert epsilon_of_ledger([event("round.release", later)], DELTA) == math.inf
 
 
 # -- hazards: faults in what others ship ---------------------------------------------------------------------------
@@ -456,6 +685,8 @@ PLANS: dict[str, Callable[[float], list[Release]]] = {
     "dp-ftrl": lambda z: ftrl(20, noise=z, separation=5, bands=4),
     "on top of what is spent": lambda z: [gaussian(9.0, steps=10), gaussian(z, steps=100)],
     "examples": lambda z: [gaussian(z, unit="example", steps=7)],
+    "skellam": lambda z: [skellam(z, steps=50), gaussian(3 * z, steps=5)],
+    "skellam, coarse": lambda z: [skellam(z, scale=64.0, size=1000, steps=50)],
 }
 
 

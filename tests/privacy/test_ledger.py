@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedlearn.errors import LedgerError, LedgerMissingError, RunFailedError
 from fedlearn.privacy.ledger import GENESIS, Head, Ledger, read_events, releases_of
-from fedlearn.privacy.releases import Matrix, Query, Release, Sampling, read_number, written_number
+from fedlearn.privacy.releases import Lattice, Matrix, Query, Release, Sampling, read_number, written_number
 
 LINES = 6
 EVERY_LINE = range(1, LINES + 1)
@@ -202,6 +202,9 @@ def test_a_missing_file_that_should_reach_a_head_is_an_error(tmp_path):
 
 NUMBERS = st.floats(0, allow_infinity=True, allow_nan=False)
 TEXTS = st.text(max_size=8)
+LATTICES = st.builds(
+    Lattice, sensitivity_l1=NUMBERS, sensitivity_l2=NUMBERS, variance=NUMBERS, slack=NUMBERS, slack_delta=NUMBERS
+)
 RELEASES = st.builds(
     Release,
     what=TEXTS,
@@ -220,6 +223,7 @@ RELEASES = st.builds(
         coefficients=st.lists(NUMBERS, max_size=4).map(tuple),
         min_separation=st.integers(0, 100),
     ),
+    lattice=st.none() | LATTICES,
     simulated=st.booleans(),
     evidence=st.dictionaries(TEXTS, TEXTS, max_size=3),
 )
@@ -231,10 +235,10 @@ def test_a_release_reads_back_as_it_was_written_and_holds_no_float(made):
     assert Release.from_body(body) == made
 
 
-@given(RELEASES, st.sampled_from(["", "queries", "sampling", "matrix"]), st.text("later-field", max_size=8))
+@given(RELEASES, st.sampled_from(["", "queries", "sampling", "matrix", "lattice"]), st.text("later-field", max_size=8))
 def test_a_field_of_a_later_version_is_named_as_unknown(made, where, name):
     body = json.loads(json.dumps(made.to_body()))
-    places = {"": body, "sampling": body["sampling"], "matrix": body.get("matrix")}
+    places = {"": body, "sampling": body["sampling"], "matrix": body.get("matrix"), "lattice": body.get("lattice")}
     places["queries"] = body["queries"][0] if body["queries"] else None
     if places[where] is None:
         return
@@ -255,6 +259,38 @@ def test_a_release_that_cannot_be_read_is_an_error_with_its_line(tmp_path, chang
     with pytest.raises(LedgerError) as error:
         releases_of(read_events(ledger.path))
     assert error.value.line == 2
+
+
+LATTICE = Lattice(sensitivity_l1=12.0, sensitivity_l2=4.0, variance=256.0, slack=1e-6, slack_delta=0.0)
+
+
+def test_a_release_without_a_lattice_has_the_bytes_it_always_had(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append("round.release", release().to_body())
+    assert ledger.head.sha256 == "544c6293758a1691885000e8158e95c3bb85f76dd99229568f46ae9247d2f3cb"
+    assert "lattice" not in release().to_body()
+
+
+def test_a_lattice_is_written_as_a_table_of_decimal_strings():
+    body = release(lattice=LATTICE).to_body()["lattice"]
+    assert body == {
+        "sensitivity-l1": "12.0",
+        "sensitivity-l2": "4.0",
+        "variance": "256.0",
+        "slack": "1e-06",
+        "slack-delta": "0.0",
+    }
+
+
+@pytest.mark.parametrize("name", ["sensitivity-l1", "sensitivity-l2", "variance", "slack", "slack-delta"])
+@pytest.mark.parametrize("value", ["nan", True, 1.0, 5, None, "many"])
+def test_a_lattice_with_a_number_that_is_none_cannot_be_read(name, value):
+    body = release(lattice=LATTICE).to_body()
+    with pytest.raises(ValueError, match=r"expected|convert|not a release"):
+        Release.from_body({**body, "lattice": {**body["lattice"], name: value}})
+    del body["lattice"][name]
+    with pytest.raises(ValueError, match=name):
+        Release.from_body(body)
 
 
 def test_an_event_that_is_not_known_counts_as_a_release_that_is_not_known(tmp_path):
