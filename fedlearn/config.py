@@ -8,7 +8,7 @@
     ├── data: DataConfig                 how a simulation splits the data
     ├── training: TrainingConfig         the algorithm and its numbers
     ├── privacy: PrivacyConfig           what is promised, to whom, against whom (privacy_config.py)
-    ├── secagg: SecaggConfig             what the server sees; fedlearn 0.1 hides nothing
+    ├── secagg: SecaggConfig             what the server sees of a client (secagg_config.py)
     ├── simulation: SimulationConfig     speed only; never the result
     └── faults: FaultsConfig             what a simulation breaks on purpose
 
@@ -37,12 +37,12 @@ from fedlearn.config_reading import (
     option_table,
     read_table,
     section,
-    shown,
     text,
     write_table,
 )
 from fedlearn.errors import ConfigError
 from fedlearn.privacy_config import Amplification, GradSampleMode, Mechanism, PrivacyConfig, PrivacyUnit, Trust
+from fedlearn.secagg_config import LEAST_COHORT, SecaggConfig, SecaggMode, SecaggSuite
 
 __all__ = [
     "Amplification",
@@ -50,6 +50,7 @@ __all__ = [
     "Engine",
     "Evaluation",
     "FaultsConfig",
+    "FaultyLeg",
     "FederationConfig",
     "GradSampleMode",
     "Mechanism",
@@ -60,6 +61,7 @@ __all__ = [
     "Sampling",
     "SecaggConfig",
     "SecaggMode",
+    "SecaggSuite",
     "SimulationConfig",
     "TrainingConfig",
     "Trust",
@@ -69,7 +71,7 @@ __all__ = [
 Engine = Literal["local", "flower"]
 Evaluation = Literal["auto", "central", "federated", "both", "off"]
 Partition = Literal["iid", "dirichlet", "shards", "natural", "quantity"]
-SecaggMode = Literal["off", "ideal", "semi-honest", "active"]
+FaultyLeg = Literal["any", "advertise", "share", "mask", "consistent", "unmask"]
 Sampling = Literal["auto", "fixed-size", "poisson", "separated"]
 Weighting = Literal["auto", "uniform", "examples"]
 
@@ -79,12 +81,6 @@ _UNCAPPED = 10_000
 # The default of a field that ``__post_init__`` fills in: such a field is never None once constructed, which
 # is why its type does not say so.
 _DERIVED: Any = None
-
-
-def _unavailable(wanted: str, only: str, consequence: str) -> str:
-    """Return why ``wanted`` is refused, and what the value that does run means."""
-    reason = f"{shown(wanted)} is not available in fedlearn 0.1; only {shown(only)} runs"
-    return f"{reason} (the run then {consequence})."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,25 +193,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SecaggConfig:
-    """Whether the server sees single updates; in fedlearn 0.1 it always does.
-
-    Attributes:
-        mode: whom the masking would withstand; only ``off`` runs.
-        bits: the width of a masked value.
-    """
-
-    mode: SecaggMode = field(default="off", metadata=choice(get_args(SecaggMode)))
-    bits: int = field(default=21, metadata=choice((16, 21, 32)))
-
-    def __post_init__(self) -> None:
-        check_fields(self, "secagg")
-        if self.mode != "off":
-            reason = _unavailable(self.mode, "off", "shows the server every client's update")
-            raise ConfigError("secagg.mode", reason)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SimulationConfig:
     """What changes the speed of a simulation and never its result.
 
@@ -240,9 +217,11 @@ class FaultsConfig:
 
     Attributes:
         drop: the probability, in [0, 1), that an invited client does not answer.
+        leg: from which leg of secure aggregation on such a client is gone; ``any``: drawn for each of them.
     """
 
     drop: float = field(default=0.0, metadata=number(minimum=0, below=1))
+    leg: FaultyLeg = field(default="any", metadata=choice(get_args(FaultyLeg)))
 
     def __post_init__(self) -> None:
         check_fields(self, "faults")
@@ -274,6 +253,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._settle_secagg()
         self._settle_weighting()
         self._settle_sampling()
         if self.privacy.unit == "client":
@@ -282,18 +262,40 @@ class RunConfig:
             reason = "what clients measure would leave un-noised"
             raise ConfigError("federation.evaluation", f'must be "central" or "off" under "example": {reason}')
 
+    def _settle_secagg(self) -> None:
+        """Refuse what does not go with a server that sees the sum alone."""
+        privacy, mode = self.privacy, self.secagg.mode
+        distributed = privacy.unit == "client" and privacy.trust == "distributed"
+        if mode == "off":
+            if distributed:
+                reason = 'must be "active" (or "semi-honest", or "ideal" in a simulation) under privacy.trust = '
+                raise ConfigError("secagg.mode", f'{reason}"distributed": unmasked, the server sees every update')
+            if self.faults.leg != "any":
+                raise ConfigError("faults.leg", "is a leg of secure aggregation, and secagg.mode is off")
+            return
+        if self.federation.cohort < LEAST_COHORT:
+            reason = f"must be at least {LEAST_COHORT} under secagg: of two, each learns the other's update from the sum"
+            raise ConfigError("federation.cohort", reason)
+        if privacy.unit == "client" and not distributed:
+            reason = 'does not go with secagg, whose clients add the noise themselves: set "distributed"'
+            raise ConfigError("privacy.trust", f'{reason}, or secagg.mode = "off"')
+        if self.federation.evaluation in ("federated", "both"):
+            reason = 'must be "central" or "off" under secagg: what one client measures would be seen'
+            raise ConfigError("federation.evaluation", reason)
+
     def _settle_weighting(self) -> None:
         """Say what ``auto`` means, and refuse to send a number of examples that privacy covers."""
-        promised = self.privacy.unit != "none"
+        hidden = self.privacy.unit != "none" or (self.secagg.mode != "off" and self.training.max_examples == _UNCAPPED)
         if self.training.weighting == "auto":
-            _set(self, "training", weighting="uniform" if promised else "examples")
+            _set(self, "training", weighting="uniform" if hidden else "examples")
         if self.training.weighting == "uniform":
             return
         if self.privacy.unit == "example":
             reason = 'must be "uniform" under privacy.unit = "example": the number of examples would leave the client'
             raise ConfigError("training.weighting", reason)
-        if self.privacy.unit == "client" and self.training.max_examples == _UNCAPPED:
-            reason = f"hidden clients count for their share of it, of which {_UNCAPPED:,} leaves nothing but noise; "
+        if (self.privacy.unit == "client" or self.secagg.mode != "off") and self.training.max_examples == _UNCAPPED:
+            lost = "noise" if self.privacy.unit == "client" else "rounding"
+            reason = f"hidden clients count for their share of it, of which {_UNCAPPED:,} leaves nothing but {lost}; "
             reason += 'set it near what a client holds, without looking, or training.weighting = "uniform"'
             raise ConfigError("training.max-examples", reason)
 
@@ -301,13 +303,17 @@ class RunConfig:
         """Say what ``auto`` means, and refuse a claim that the draw does not justify."""
         client = self.privacy.unit == "client"
         correlated = client and self.privacy.mechanism == "dp-ftrl"
+        distributed = client and self.privacy.trust == "distributed"
         if self.federation.sampling == "auto":
-            drawn = "separated" if correlated else "poisson" if client else "fixed-size"
+            drawn = "separated" if correlated else "poisson" if client and not distributed else "fixed-size"
             _set(self, "federation", sampling=drawn)
         sampling = self.federation.sampling
         if correlated != (sampling == "separated"):
             reason = 'and privacy.mechanism = "dp-ftrl" under privacy.unit = "client" need each other'
             raise ConfigError("federation.sampling", f'"separated" {reason}; leave federation.sampling out')
+        if self.secagg.mode != "off" and sampling != "fixed-size":
+            reason = f'must be "fixed-size" under secagg, not "{sampling}": lanes, noise and thresholds are for one size'
+            raise ConfigError("federation.sampling", f"{reason}; and the server, which knows the draw, amplifies nothing")
         if self.privacy.amplification == "poisson" and sampling != "poisson":
             reason = f'"poisson" is not drawn (federation.sampling = "{sampling}"): an accountant must not claim it'
             raise ConfigError("privacy.amplification", f"{reason}; draw it that way, or leave this out")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"errors", "config", "config_reading", "privacy_config", "scenario", "plugins", "sources", "arrays", "files"}
+        {"errors", "config", "config_reading", "privacy_config", "scenario", "secagg_config", "plugins", "sources", "arrays", "files"}
     ),
     frozenset({"privacy", "secagg"}),
     frozenset({"learning", "algorithms", "charts", "data", "tasks", "audit"}),
