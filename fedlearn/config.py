@@ -274,7 +274,9 @@ class RunConfig:
                 raise ConfigError("faults.leg", "is a leg of secure aggregation, and secagg.mode is off")
             return
         if self.federation.cohort < LEAST_COHORT:
-            reason = f"must be at least {LEAST_COHORT} under secagg: of two, each learns the other's update from the sum"
+            reason = (
+                f"must be at least {LEAST_COHORT} under secagg: of two, each learns the other's update from the sum"
+            )
             raise ConfigError("federation.cohort", reason)
         if privacy.unit == "client" and not distributed:
             reason = 'does not go with secagg, whose clients add the noise themselves: set "distributed"'
@@ -312,8 +314,12 @@ class RunConfig:
             reason = 'and privacy.mechanism = "dp-ftrl" under privacy.unit = "client" need each other'
             raise ConfigError("federation.sampling", f'"separated" {reason}; leave federation.sampling out')
         if self.secagg.mode != "off" and sampling != "fixed-size":
-            reason = f'must be "fixed-size" under secagg, not "{sampling}": lanes, noise and thresholds are for one size'
-            raise ConfigError("federation.sampling", f"{reason}; and the server, which knows the draw, amplifies nothing")
+            reason = (
+                f'must be "fixed-size" under secagg, not "{sampling}": lanes, noise and thresholds are for one size'
+            )
+            raise ConfigError(
+                "federation.sampling", f"{reason}; and the server, which knows the draw, amplifies nothing"
+            )
         if self.privacy.amplification == "poisson" and sampling != "poisson":
             reason = f'"poisson" is not drawn (federation.sampling = "{sampling}"): an accountant must not claim it'
             raise ConfigError("privacy.amplification", f"{reason}; draw it that way, or leave this out")

@@ -116,7 +116,9 @@ class PrivacyConfig:
             reason = 'needs a server that adds noise to a count; under trust "distributed" the bound is fixed'
             raise ConfigError("privacy.adaptive-clipping", reason)
         if self.amplification == "poisson":
-            reason = 'cannot be claimed under trust "distributed": the server, against which it protects, knows the draw'
+            reason = (
+                'cannot be claimed under trust "distributed": the server, against which it protects, knows the draw'
+            )
             raise ConfigError("privacy.amplification", f"{reason}; leave it out")
 
     def _check_example(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from fedlearn.config_reading import check_fields, choice, integer, number
+from fedlearn.config_reading import check_fields, choice, number
 from fedlearn.errors import ConfigError
 
 __all__ = ["SecaggConfig", "SecaggMode", "SecaggSuite"]
@@ -28,10 +28,9 @@ class SecaggConfig:
         bound_l2: the norm to which an update is clipped, so that no sum of them can overflow; with noise that hides
             clients ``privacy.bound-l2`` takes its place. The clipped ones are counted: raise it if there are any.
         colluding: γ, the share of a cohort that may collude with the server; below a third.
-        dropping: δ, the share of a cohort of more than 128 that may be lost; its graph is made for that. A smaller cohort
-            can lose a third.
+        dropping: δ, the share of a cohort of more than 128 that may be lost; its graph is made for that. A smaller
+            cohort can lose a third.
         suite: the cipher that expands a mask; the second is for processors without AES instructions.
-        threads: how many a client and the server use for masks.
 
     Raises:
         ConfigError: with the key's path.
@@ -43,7 +42,6 @@ class SecaggConfig:
     colluding: float = field(default=0.33, metadata=number(minimum=0, below=1))
     dropping: float = field(default=0.1, metadata=number(minimum=0, below=1))
     suite: SecaggSuite = field(default="aes-256-ctr", metadata=choice(get_args(SecaggSuite)))
-    threads: int = field(default=1, metadata=integer(minimum=1))
 
     def __post_init__(self) -> None:
         check_fields(self, "secagg")

@@ -81,6 +81,9 @@ class Clock(Protocol):
     def utc(self) -> str:
         """Return the date and time in UTC, as ISO 8601 to the second."""
 
+    def unix_s(self) -> float:
+        """Return seconds since 1970 began, UTC: what other machines' clocks show too, more or less."""
+
 
 class SystemClock:
     """The machine's own clock."""
@@ -96,6 +99,10 @@ class SystemClock:
     def utc(self) -> str:
         """Return the system's date and time in UTC."""
         return time.strftime(_ISO, time.gmtime())
+
+    def unix_s(self) -> float:
+        """Return the system's seconds since 1970."""
+        return time.time()
 
 
 class ManualClock:
@@ -121,6 +128,10 @@ class ManualClock:
     def utc(self) -> str:
         """Return the seconds passed, as a date after 1970 began."""
         return time.strftime(_ISO, time.gmtime(self._now_s))
+
+    def unix_s(self) -> float:
+        """Return the seconds passed, as if they had begun in 1970."""
+        return self._now_s
 
     def advance(self, duration_s: float) -> None:
         """Let ``duration_s`` seconds pass."""

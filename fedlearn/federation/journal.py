@@ -14,6 +14,7 @@ from fedlearn.config import RunConfig
 from fedlearn.errors import LedgerError, MissingError, RunUnreadableError
 from fedlearn.federation.checkpoint import RunState
 from fedlearn.federation.estimation import Estimator, PlainMean, PrivateMean
+from fedlearn.federation.masked import MaskedEstimator, MaskedMean, SkellamMean
 from fedlearn.privacy.ledger import GENESIS, Event, Head, Ledger, read_events, releases_of
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.plan import PrivacyPlan, plan_privacy
@@ -55,13 +56,15 @@ class RunJournal:
             ledgers = earlier_ledgers(config)
             self._earlier = self._check_earlier(ledgers)
             earlier = [each for events in ledgers for each in releases_of(events)]
-            self.plan = plan_privacy(config, evaluated=evaluated, earlier=earlier, promised=self._promised_noise())
+            self.plan = plan_privacy(
+                config,
+                evaluated=evaluated,
+                earlier=earlier,
+                promised=self._promised_noise(),
+                size=spec.trainable_size,
+            )
         self.instance = self._name()
-        self.estimator: Estimator = (
-            PlainMean(config, spec)
-            if self.plan is None
-            else PrivateMean(self.plan, spec, instance=self.instance, noise=noise)
-        )
+        self.estimator = self._estimator(spec)
 
     def open(self, kept: RunState | None) -> None:
         """Begin the ledger, or check it against the state that is gone on with, and complete it.
@@ -86,12 +89,10 @@ class RunJournal:
         self._resumed = True
         self._check_rows(kept.round_number)
 
-    def noted(self, state: RunState, kind: str, release: Release) -> RunState:
+    def noted(self, state: RunState, kind: str, body: Mapping[str, Any]) -> RunState:
         """Return ``state`` with the ledger's next line, which is not written yet."""
-        if self._resumed:
-            self.ledger.append("run.resume", {"round": state.round_number})
-            self._resumed = False
-        event = self.ledger.next_event(kind, release.to_body())
+        self._say_resumed(state)
+        event = self.ledger.next_event(kind, body)
         return replace(state, pending=(event,), ledger=Head(count=event.seq, sha256=event.sha256))
 
     def commit(self, state: RunState) -> None:
@@ -99,9 +100,10 @@ class RunJournal:
         for event in state.pending:
             self.ledger.commit(event)
 
-    def admit(self, release: Release) -> None:
-        """Write a release of which no model came, since what came of it is seen all the same."""
+    def admit(self, state: RunState, release: Release) -> None:
+        """Write a release now: whether or not a model comes of it, what came of it is seen all the same."""
         if self.plan is not None:
+            self._say_resumed(state)
             self.ledger.append("round.release", release.to_body())
 
     def holds(self, state: RunState) -> bool:
@@ -128,6 +130,23 @@ class RunJournal:
         rounds = self._config.federation.rounds
         reason = "finished" if state.round_number == rounds else "budget"
         self.ledger.append("run.close", {"reason": reason, "rounds": state.round_number})
+
+    def _estimator(self, spec: ParamSpec) -> Estimator:
+        """Return what the run estimates its mean by."""
+        config, plan = self._config, self.plan
+        if config.secagg.mode != "off":
+            return MaskedMean(config, spec) if plan is None else SkellamMean(plan, spec, noise=self._noise)
+        return (
+            PlainMean(config, spec)
+            if plan is None
+            else PrivateMean(plan, spec, instance=self.instance, noise=self._noise)
+        )
+
+    def _say_resumed(self, state: RunState) -> None:
+        """Write, before the first line of a run that goes on, that it does."""
+        if self._resumed:
+            self.ledger.append("run.resume", {"round": state.round_number})
+            self._resumed = False
 
     def _name(self) -> str:
         """Return the run's own name: the ledger's, or a new one; refuse a ledger that is not this run's."""
@@ -184,9 +203,22 @@ class RunJournal:
             "rounds": config.federation.rounds,
             "sampling": config.federation.sampling,
             "amplification": privacy.amplification,
+            "secagg": self._secagg(),
             "simulated": self._noise.simulated,
             "earlier": self._earlier,
             **{name: written_number(value) for name, value in numbers.items() if promised and value is not None},
+        }
+
+    def _secagg(self) -> dict[str, Any]:
+        """Return what the server sees of a client, and what every sum holds at least."""
+        secagg = self._config.secagg
+        if not isinstance(self.estimator, MaskedEstimator):
+            return {"mode": secagg.mode}
+        return {
+            "mode": secagg.mode,
+            "bits": secagg.bits,
+            "least-survivors": self.estimator.terms.least_survivors,
+            "colluding": self.estimator.terms.colluding,
         }
 
     def _check_rows(self, done: int) -> None:

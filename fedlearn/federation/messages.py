@@ -20,6 +20,8 @@ __all__ = [
     "EvaluateReply",
     "Failure",
     "FailureCode",
+    "LegReply",
+    "LegRequest",
     "Network",
     "Reply",
     "Request",
@@ -39,6 +41,7 @@ class FailureCode(StrEnum):
     BAD_REQUEST = "bad-request"  # the client could not read what it was sent
     BUDGET_SPENT = "budget-spent"  # the client's own ledger permits no further release
     LOST = "lost"  # the runtime reported that the client's process or node is gone
+    MASKING_FAILED = "masking-failed"  # a check of secure aggregation did not hold; which, is in the client's own log
     MODEL_MISMATCH = "model-mismatch"  # the client's model has other entries than the server's
     NO_DATA = "no-data"  # the client holds no examples for what was asked
     NO_REPLY = "no-reply"  # nothing came before the deadline
@@ -60,6 +63,8 @@ class RoundPlan:
         spec_sha256: the hash of the model's ``ParamSpec``; the client compares it with its own model's.
         bound_l2: the clipping norm of this round's updates; ``None`` where they are not clipped.
         run: the run's own name, by which clients tell its releases from those of others.
+        identities: in a simulation, the folder with its clients' keys; a device has its own and looks at no other.
+        watched: in a simulation, the client of whom it is shown what masking makes of its update; else -1.
     """
 
     config: RunConfig
@@ -69,6 +74,8 @@ class RoundPlan:
     spec_sha256: str
     bound_l2: float | None = None
     run: str = ""
+    identities: str = ""
+    watched: int = -1
 
     @property
     def group(self) -> str:
@@ -94,6 +101,8 @@ class RoundPlan:
             "spec": self.spec_sha256,
             "bound-l2": self.bound_l2,
             "run": self.run,
+            "identities": self.identities,
+            "watched": self.watched,
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
@@ -114,6 +123,8 @@ class RoundPlan:
                 spec_sha256=str(body["spec"]),
                 bound_l2=None if body["bound-l2"] is None else float(body["bound-l2"]),
                 run=str(body["run"]),
+                identities=str(body["identities"]),
+                watched=int(body["watched"]),
             )
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigError) as error:
             raise ReplyError(FailureCode.BAD_REQUEST, "the round's plan is not readable") from error
@@ -127,6 +138,35 @@ class Request:
     client: int
     plan: RoundPlan
     vector: Vector
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LegRequest:
+    """One message of secure aggregation to one client.
+
+    Attributes:
+        leg: which; the message's type is ``train.<leg>``.
+        client: to whom.
+        plan: what the round asks for.
+        body: the protocol's own bytes.
+        vector: the model, with the leg on which clients train.
+    """
+
+    leg: str
+    client: int
+    plan: RoundPlan
+    body: bytes
+    vector: Vector | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LegReply:
+    """A client's answer to one leg: the protocol's own bytes, not looked at yet, and nothing beside them."""
+
+    client: int
+    body: bytes
+    upload_bytes: int
+    download_bytes: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -193,6 +233,10 @@ class Network(Protocol):
 
     def exchange(self, requests: Sequence[Request], spec: ParamSpec, timeout_s: float) -> Iterator[Reply]:
         """Send the requests and yield exactly one reply for each, in the requests' order, within the deadline."""
+        ...
+
+    def exchange_leg(self, requests: Sequence[LegRequest], timeout_s: float) -> Iterator[LegReply | Failure]:
+        """Send one leg of secure aggregation and yield one answer for each, in order, within the deadline."""
         ...
 
 

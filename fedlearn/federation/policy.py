@@ -16,7 +16,14 @@ from fedlearn.privacy.clipping import ClippedUpdate, Update, clip
 from fedlearn.privacy.noise import Noise
 from fedlearn.sources import SeedTree
 
-__all__ = ["clipped_update", "evaluation_numbers", "train_hiding_examples", "trained_part", "training_numbers"]
+__all__ = [
+    "clipped_update",
+    "evaluation_numbers",
+    "maskable",
+    "train_hiding_examples",
+    "trained_part",
+    "training_numbers",
+]
 
 
 def clipped_update(plan: RoundPlan, trained: Trained, spec: ParamSpec) -> ClippedUpdate:
@@ -38,6 +45,31 @@ def clipped_update(plan: RoundPlan, trained: Trained, spec: ParamSpec) -> Clippe
     share = min(trained.num_examples, training.max_examples) / training.max_examples
     scaled = (clipped.vector.astype(np.float64) * share).astype(clipped.vector.dtype)
     return ClippedUpdate(vector=scaled, bound_l2=clipped.bound_l2, within=clipped.within, finite=clipped.finite)
+
+
+def maskable(
+    plan: RoundPlan, update: ClippedUpdate | Update, num_examples: int, spec: ParamSpec
+) -> tuple[ClippedUpdate, int]:
+    """Return what a client gives into a masked sum: its update within the round's bound, and its weight.
+
+    Where clients are hidden that is what is trained by gradient, clipped already; else all that the model has.
+
+    Raises:
+        ReplyError: ``bad-request`` where the round has no clipping norm, ``not-finite`` where training diverged.
+    """
+    if plan.bound_l2 is None or not plan.bound_l2 > 0:
+        raise ReplyError(FailureCode.BAD_REQUEST, "a round whose updates are masked needs a clipping norm")
+    training = plan.config.training
+    if plan.config.privacy.unit == "client":
+        if not isinstance(update, ClippedUpdate):
+            raise TypeError("an update that is to hide its client is clipped first")
+        trained = update.vector[: spec.trainable_size]
+        return ClippedUpdate(vector=trained, bound_l2=update.bound_l2, within=update.within, finite=update.finite), 1
+    clipped = clip(Update(update.vector), plan.bound_l2)
+    if not clipped.finite:
+        raise ReplyError(FailureCode.NOT_FINITE, "local training diverged; a lower learning rate may help")
+    weighted = training.weighting == "examples"
+    return clipped, max(1, min(num_examples, training.max_examples)) if weighted else 1
 
 
 def train_hiding_examples(

@@ -22,9 +22,11 @@ from fedlearn.errors import RoundFailedError, RunFailedError, RunUnreadableError
 from fedlearn.federation.checkpoint import RunState, Totals
 from fedlearn.federation.estimation import PrivateMean, Realised, Tally, check_metric_names
 from fedlearn.federation.journal import RunJournal
+from fedlearn.federation.masked import MaskedEstimator, MaskedTally
 from fedlearn.federation.messages import EvaluateReply, Failure, FailureCode, Network, Reply, Request, RoundPlan
 from fedlearn.federation.observer import Observer
 from fedlearn.federation.run_folder import RunFolder
+from fedlearn.federation.session import SecureAggregation, ServerIdentity
 from fedlearn.federation.validation import Validation, asks_clients, central_test, client_means, is_measured
 from fedlearn.learning import FlatModel, Task, build_flat_model, check_prepare, evaluate
 from fedlearn.learning.task import task_code
@@ -47,6 +49,7 @@ class Federation:
         clock: what time is measured with.
         observer: who watches.
         noise: where a privacy mechanism's noise and secret draws come from.
+        identity: who the server is under secure aggregation, and whom it may ask.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Federation:
         clock: Clock,
         observer: Observer,
         noise: Noise,
+        identity: ServerIdentity | None = None,
     ) -> None:
         self.config, self.task, self.network, self.folder = config, task, network, folder
         self.clock, self.observer = clock, observer
@@ -78,6 +82,8 @@ class Federation:
             check_metric_names(task.metric_names)
         self.journal = RunJournal(folder.path, config, self.model.spec, noise=noise, evaluated=self._evaluated_rounds())
         self.estimator = self.journal.estimator
+        self.identity = identity
+        self.secagg = self._secure_aggregation()
         self._silent_rounds = 0
 
     def run(self) -> RunState:
@@ -190,7 +196,8 @@ class Federation:
         try:
             state = self.update(replace(state, mechanism=estimate.mechanism), estimate.mean)
         except RunFailedError:
-            self.journal.admit(estimate.release)  # that it diverged says something of the sum
+            if not self._has_released_sum:
+                self.journal.admit(state, estimate.release)  # that it diverged says something of the sum
             raise
         state = replace(state, totals=state.totals.plus(wall_s=self.clock.monotonic() - started))
         realised = Realised.of(tally)
@@ -201,11 +208,13 @@ class Federation:
             "respondents": tally.respondents,
             "realised_salt": realised.salt,
             "failures": _codes(tally.failures),
-            "train_loss": None if self.config.privacy.unit != "none" else tally.loss / tally.weight,
+            "train_loss": tally.loss / tally.weight if tally.weight and self.config.privacy.unit == "none" else None,
             "wall_s": round(state.totals.wall_s - before.wall_s, 6),
             "upload_bytes": state.totals.upload_bytes - before.upload_bytes,
             "download_bytes": state.totals.download_bytes - before.download_bytes,
         }
+        if isinstance(tally, MaskedTally) and tally.clipped is not None:
+            line["clipped"] = tally.clipped
         if len(tries) > 1:
             line["earlier_failures"] = [_codes(each.failures) for each in tries[:-1]]
         evidence = {
@@ -214,8 +223,14 @@ class Federation:
             "realised": realised.commitment,
             "date": self.clock.utc()[:10],  # the hour would tell how long clients took
         }
-        release = replace(estimate.release, evidence=evidence)
-        state = self.journal.noted(replace(state, unmeasured=line), "round.release", release)
+        if isinstance(tally, MaskedTally):
+            evidence |= tally.evidence
+        state = replace(state, unmeasured=line)
+        if self._has_released_sum:  # the ledger has had the release since before the sum was unmasked
+            state = self.journal.noted(state, "round.model", {"round": number, "evidence": evidence})
+        else:
+            body = replace(estimate.release, evidence=evidence).to_body()
+            state = self.journal.noted(state, "round.release", body)
         if is_measured(self.config, number) and self._asks_clients:  # the new model leaves to be measured
             self.folder.save_state(state)
             self.journal.commit(state)
@@ -248,7 +263,7 @@ class Federation:
         state = replace(state, totals=totals, unmeasured=None)
         if measured.release is not None:
             release = replace(measured.release, evidence={"date": self.clock.utc()[:10]})
-            state = self.journal.noted(state, "eval.release", release)
+            state = self.journal.noted(state, "eval.release", release.to_body())
         self.folder.save_round(line, state)
         self.journal.commit(state)
         self.observer.finished_round(line)
@@ -259,11 +274,14 @@ class Federation:
         federation, tries = self.config.federation, list[Tally]()
         for attempt in range(1, federation.round_tries + 1):
             draw = self._draw("cohort", number, attempt, state)
-            plan = self._plan(number, attempt, state)
-            requests = self.distribute_model("train", draw, plan, self._parameters(state))
+            plan = self._plan(number, attempt, state, watched=min(draw.cohort, default=-1))
             tally = self.estimator.tally(draw, state)
-            for reply in self.communicate(requests, plan):
-                tally.add(reply)
+            if isinstance(tally, MaskedTally):
+                self._communicate_masked(tally, plan, state)
+            else:
+                requests = self.distribute_model("train", draw, plan, self._parameters(state))
+                for reply in self.communicate(requests, plan):
+                    tally.add(reply)
             totals = state.totals.plus(
                 client_updates=tally.respondents,
                 upload_bytes=tally.upload_bytes,
@@ -277,7 +295,49 @@ class Federation:
             if tally.respondents >= federation.min_respondents:
                 return tries, state
             tally.forget()
-        raise RoundFailedError(self._too_few(number, tries[-1]), number, _codes(tries[-1].failures))
+            if self._has_released_sum and self.journal.is_spent(state):
+                break  # a sum that was not to be unmasked may have been seen: another one is beyond the budget
+        last = tries[-1]
+        cause = last.aborted if isinstance(last, MaskedTally) else None
+        raise RoundFailedError(self._too_few(number, tries), number, _codes(last.failures)) from cause
+
+    def _communicate_masked(self, tally: MaskedTally, plan: RoundPlan, state: RunState) -> None:
+        """Distribute the model and take back the sum of what clients learned, and nothing of a single one."""
+        estimator, secagg = self.estimator, self.secagg
+        if secagg is None or not isinstance(estimator, MaskedEstimator):
+            raise TypeError("a masked tally is for a run under secure aggregation")
+
+        def before_unmask(survivors: int) -> None:
+            if estimator.releases_sum:
+                release = estimator.release(tally, survivors, plan.round_number)
+                evidence = {
+                    "model-before": _sha256(self._parameters(state)),
+                    "secagg": self.config.secagg.mode,
+                    "attempt": str(plan.attempt),
+                    "date": self.clock.utc()[:10],
+                }
+                self.journal.admit(state, replace(release, evidence=evidence))
+
+        secagg.collect(tally, plan, self._parameters(state), before_unmask=before_unmask)
+
+    def _secure_aggregation(self) -> SecureAggregation | None:
+        """Return what drives the sessions of a run whose server sees the sum alone."""
+        if not isinstance(self.estimator, MaskedEstimator):
+            return None
+        return SecureAggregation(
+            self.config,
+            self.network,
+            self.estimator,
+            identity=self.identity,
+            folder=self.folder.path,
+            clock=self.clock,
+            observer=self.observer,
+        )
+
+    @property
+    def _has_released_sum(self) -> bool:
+        """Whether the unmasked sum is itself a release, which the ledger had before."""
+        return isinstance(self.estimator, MaskedEstimator) and self.estimator.releases_sum
 
     def _last_round(self, state: RunState, draw: Draw, number: int) -> Mapping[int, int]:
         """Return in which round each client was last invited, where the draw depends on it."""
@@ -292,10 +352,11 @@ class Federation:
         """
         self._silent_rounds = 0 if tally.respondents or not tally.cohort else self._silent_rounds + 1
         if self._silent_rounds >= self.config.federation.round_tries:
-            raise RoundFailedError(self._too_few(number, tally), number, _codes(tally.failures))
+            raise RoundFailedError(self._too_few(number, [tally]), number, _codes(tally.failures))
 
-    def _too_few(self, number: int, tally: Tally) -> str:
+    def _too_few(self, number: int, tries: Sequence[Tally]) -> str:
         """Say why a round failed and what to do."""
+        tally = tries[-1]
         counts: dict[str, int] = {}
         for failure in tally.failures.values():
             counts[str(failure.code)] = counts.get(str(failure.code), 0) + 1
@@ -305,6 +366,12 @@ class Federation:
             return (
                 f"round {number}: no client answered in {federation.round_tries} rounds in a row (last round: "
                 f"{reasons}). {self._kept(number)} Look into the clients' logs"
+            )
+        if isinstance(tally, MaskedTally) and tally.aborted is not None:
+            return (
+                f"round {number}: secure aggregation was given up in each of {len(tries)} tries; the last one "
+                f"{tally.aborted}. {reasons or 'No client said why'}. {self._kept(number)} Look into the clients' "
+                "logs, or invite a larger cohort"
             )
         return (
             f"round {number}: {tally.respondents} clients answered, {federation.min_respondents} are needed, in each "
@@ -356,8 +423,9 @@ class Federation:
         rounds = range(1, self.config.federation.rounds + 1)
         return [number for number in rounds if is_measured(self.config, number)] if self._asks_clients else []
 
-    def _plan(self, number: int, attempt: int, state: RunState) -> RoundPlan:
+    def _plan(self, number: int, attempt: int, state: RunState, watched: int = -1) -> RoundPlan:
         """Return what the clients of this try are told."""
+        simulated = None if self.identity is None else self.identity.simulated
         return RoundPlan(
             config=self.config,
             round_number=number,
@@ -366,6 +434,8 @@ class Federation:
             spec_sha256=self.model.spec.sha256,
             bound_l2=self.estimator.bound_l2(state),
             run=self.journal.instance,
+            identities="" if simulated is None else str(simulated.folder),
+            watched=-1 if simulated is None else watched,
         )
 
     def _parameters(self, state: RunState) -> NDArray[Any]:

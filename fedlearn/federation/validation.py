@@ -63,7 +63,8 @@ def asks_clients(config: RunConfig, test: Examples | None) -> bool:
     wanted = config.federation.evaluation
     if config.privacy.unit != "none":
         return wanted in ("federated", "both")
-    return wanted in ("federated", "both") or (wanted == "auto" and test is None)
+    seen = config.secagg.mode == "off"  # else the server sees sums alone, and what one client measures is none
+    return wanted in ("federated", "both") or (wanted == "auto" and test is None and seen)
 
 
 def client_means(replies: Sequence[EvaluateReply]) -> dict[str, float]:

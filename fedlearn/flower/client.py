@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePath
@@ -19,12 +19,29 @@ from fedlearn.config import RunConfig
 from fedlearn.data.loaders import Distribution, distribute_data
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
-from fedlearn.federation.policy import clipped_update, evaluation_numbers, train_hiding_examples, training_numbers
+from fedlearn.federation.policy import (
+    clipped_update,
+    evaluation_numbers,
+    maskable,
+    train_hiding_examples,
+    training_numbers,
+)
 from fedlearn.files import data_home
-from fedlearn.flower.records import evaluate_reply_records, read_vector, refusal, train_reply_records
-from fedlearn.learning import ClientData, build_flat_model, computing, evaluate, train
+from fedlearn.flower import legs
+from fedlearn.flower.device import masks_only, secagg_device
+from fedlearn.flower.records import (
+    evaluate_reply_records,
+    leg_reply_records,
+    read_leg,
+    read_vector,
+    refusal,
+    train_reply_records,
+)
+from fedlearn.learning import ClientData, Examples, build_flat_model, computing, evaluate, train
 from fedlearn.learning.account import ClientAccount
+from fedlearn.privacy.clipping import Update
 from fedlearn.privacy.noise import Noise, SecureNoise, SimulatedNoise
+from fedlearn.secagg.errors import SecaggError
 from fedlearn.sources import SecureRandom, SeedTree
 from fedlearn.tasks import load_task
 
@@ -42,6 +59,8 @@ def build_client_app() -> ClientApp:
     """
     app = ClientApp()
     app.train()(_answering(_train))
+    for leg in _LEGS:
+        app.train(leg)(_answering(_LEGS[leg]))
     app.evaluate()(_answering(_evaluate))
     app.query("identify")(_answering(_identify))
     return app
@@ -101,9 +120,9 @@ def _plan(text: str) -> RoundPlan:
 def _train(message: Message, context: Context) -> RecordDict:
     """Train the received model on this client's data and answer with the difference."""
     plan, site, received = _open(message, context)
-    examples = site.data(context).train
-    if len(examples) == 0:
-        raise ReplyError(FailureCode.NO_DATA, "no training examples")
+    if plan.config.secagg.mode != "off":
+        raise ReplyError(FailureCode.REFUSED, "under secure aggregation no update is sent by itself")
+    examples = _examples(site, context)
     seeds = site.seeds.child("round", plan.round_number, "client", _client_id(context))
     if plan.config.privacy.unit == "example":
         update = train_hiding_examples(
@@ -134,6 +153,124 @@ def _train(message: Message, context: Context) -> RecordDict:
     if not np.isfinite(trained.update.vector).all() or not np.isfinite(trained.mean_loss):
         raise ReplyError(FailureCode.NOT_FINITE, "local training diverged; a lower learning rate may help")
     return train_reply_records(trained.update.vector, training_numbers(plan, trained, None))
+
+
+def _examples(site: _Site, context: Context) -> Examples:
+    """Return this client's training examples, of which there are some."""
+    examples = site.data(context).train
+    if len(examples) == 0:
+        raise ReplyError(FailureCode.NO_DATA, "no training examples")
+    return examples
+
+
+# -- secure aggregation, leg by leg ------------------------------------------------------------------------------------
+
+
+def _advertise(message: Message, context: Context) -> RecordDict:
+    """Take part in a session, if there is something to train on."""
+    body, plan, site, _ = _open_leg(message, context)
+    _examples(site, context)
+    device = secagg_device(plan, context, _client_id(context))
+    return leg_reply_records(legs.advertise(body, plan, site.model.spec, device, context))
+
+
+def _answer(message: Message, context: Context) -> RecordDict:
+    """Answer a leg that needs no model."""
+    body, plan, _, _ = _open_leg(message, context)
+    leg = message.metadata.message_type.partition(".")[2]
+    return leg_reply_records(legs.answer(leg, body, secagg_device(plan, context, _client_id(context)), context))
+
+
+def _mask(message: Message, context: Context) -> RecordDict:
+    """Train, and answer with the masked update."""
+    body, plan, site, received = _open_leg(message, context, model=True)
+    client = _client_id(context)
+    reply = legs.mask(
+        body,
+        plan,
+        received,
+        site.model.spec,
+        secagg_device(plan, context, client),
+        context,
+        learn=lambda: _learned(plan, site, received, context),
+        noise=_noise(_round_seeds(plan, site, context), context),
+        client=client,
+    )
+    return leg_reply_records(reply)
+
+
+def _ideal(message: Message, context: Context) -> RecordDict:
+    """Train, and answer with the encoded update: in a simulation only."""
+    body, plan, site, received = _open_leg(message, context, model=True)
+    if _is_device(context):
+        raise ReplyError(FailureCode.REFUSED, "a device sends no update that is not masked; ideal is for simulations")
+    noise = _noise(_round_seeds(plan, site, context), context)
+    learn: Callable[[], legs.Learned] = lambda: _learned(plan, site, received, context)  # noqa: E731
+    return leg_reply_records(legs.ideal(body, plan, site.model.spec, learn=learn, noise=noise))
+
+
+def _abort(message: Message, context: Context) -> RecordDict:
+    """Let go of a session that the server gave up."""
+    body, plan, _, _ = _open_leg(message, context)
+    legs.forget(secagg_device(plan, context, _client_id(context)), context, body)
+    return leg_reply_records(b"")
+
+
+_LEGS: Mapping[str, Callable[[Message, Context], RecordDict]] = {
+    "advertise": _advertise,
+    "share": _answer,
+    "mask": _mask,
+    "consistent": _answer,
+    "unmask": _answer,
+    "ideal": _ideal,
+    "abort": _abort,
+}
+
+
+def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> legs.Learned:
+    """Train the received model on this client's data; return what goes into the sum."""
+    examples, seeds, spec = _examples(site, context), _round_seeds(plan, site, context), site.model.spec
+    if plan.config.privacy.unit == "example":
+        vector = train_hiding_examples(
+            plan,
+            site.model,
+            site.task,
+            received,
+            examples,
+            account=_account(plan, len(examples), context),
+            seeds=seeds,
+            noise=_noise(seeds, context),
+        )
+        return maskable(plan, Update(vector), len(examples), spec)
+    trained = train(
+        site.model,
+        site.task,
+        received,
+        examples,
+        plan.config.training,
+        proximal_mu=plan.proximal_mu,
+        seeds=seeds,
+    )
+    if plan.config.privacy.unit == "client":
+        return maskable(plan, clipped_update(plan, trained, spec), trained.num_examples, spec)
+    return maskable(plan, trained.update, trained.num_examples, spec)
+
+
+def _round_seeds(plan: RoundPlan, site: _Site, context: Context) -> SeedTree:
+    """Return this client's seeds in a round."""
+    return site.seeds.child("round", plan.round_number, "client", _client_id(context))
+
+
+def _open_leg(message: Message, context: Context, *, model: bool = False) -> tuple[bytes, RoundPlan, _Site, Vector]:
+    """Return a leg's own bytes, the plan, the site and the received parameters (none, where the leg has no model)."""
+    body, text, arrays = read_leg(message.content, model=model)
+    plan = _plan(text)
+    site = _site_of(plan, context)
+    if arrays is None:
+        return body, plan, site, np.zeros(0, dtype=site.model.spec.dtype)
+    if "vector" not in arrays:
+        raise ReplyError(FailureCode.BAD_REQUEST, "expected an array, vector")
+    return body, plan, site, read_vector(arrays["vector"], site.model.spec)
 
 
 def _account(plan: RoundPlan, size: int, context: Context) -> ClientAccount:
@@ -202,10 +339,18 @@ def _open(message: Message, context: Context) -> tuple[RoundPlan, _Site, Vector]
     arrays, plan = content["model"], _plan(str(content.config_records["round"]["plan"]))
     if not isinstance(arrays, ArrayRecord) or "vector" not in arrays:
         raise ReplyError(FailureCode.BAD_REQUEST, "expected an array, vector")
+    site = _site_of(plan, context)
+    return plan, site, read_vector(arrays["vector"], site.model.spec)
+
+
+def _site_of(plan: RoundPlan, context: Context) -> _Site:
+    """Return the site of a plan that this client's owner permits, where both sides mean the same model."""
+    if _is_device(context) and masks_only(context.node_config):
+        legs.refuse_unmasked(plan)
     site = _site(_permitted(plan.config, context).to_json())
     if site.model.spec.sha256 != plan.spec_sha256:
         raise ReplyError(FailureCode.MODEL_MISMATCH, "this client's task builds another model than the server's")
-    return plan, site, read_vector(arrays["vector"], site.model.spec)
+    return site
 
 
 def _check_numbers(data: ClientData) -> None:
@@ -249,6 +394,9 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
         except ReplyError as error:
             log.warning("incident %s, client %s: %s", incident, _client_id(context), error)
             return refusal(error.code, incident, message)
+        except SecaggError as error:
+            log.warning("incident %s, client %s: %s: %s", incident, _client_id(context), type(error).__name__, error)
+            return refusal(FailureCode.MASKING_FAILED, incident, message)
         except (Exception, SystemExit) as error:  # a task that calls sys.exit() ends its answer and not the device
             cause = f"{type(error).__name__}: {error}"
             log.exception("incident %s, client %s: %s", incident, _client_id(context), cause)

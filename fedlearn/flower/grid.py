@@ -40,14 +40,14 @@ _LONGEST_S = 1e6
 class Faults(Protocol):
     """What goes wrong on the way, decided for each message."""
 
-    def drops(self, group: str, client: int) -> bool:
-        """Return whether the client never answers this message of this group (``round.attempt``)."""
+    def drops(self, group: str, client: int, kind: str) -> bool:
+        """Return whether the client never answers this message (``train``, …) of this group (``round.attempt``)."""
 
 
 class NoFaults:
     """Nothing goes wrong."""
 
-    def drops(self, group: str, client: int) -> bool:
+    def drops(self, group: str, client: int, kind: str) -> bool:
         """Return False."""
         return False
 
@@ -188,7 +188,7 @@ class LocalGrid(Grid):
         if timeout_s is not None:
             timeout_s = min(timeout_s, _LONGEST_S)
         over = timeout_s is not None and timeout_s <= 0
-        dropped = [over or self._faults.drops(m.metadata.group_id, m.metadata.dst_node_id - 1) for m in messages]
+        dropped = [over or self._drops(message) for message in messages]
         jobs = [(m, self._context(m)) for m, lost in zip(messages, dropped, strict=True) if not lost]
         outcomes = self._outcomes(jobs, timeout_s)
         for message, lost in zip(messages, dropped, strict=True):
@@ -200,10 +200,14 @@ class LocalGrid(Grid):
                 reply = Message(Error(code=code, reason=outcome.value), reply_to=message)
             else:
                 reply = outcome.reply
-                if len(outcome.state):
-                    self._states[message.metadata.dst_node_id] = outcome.state
+                self._states[message.metadata.dst_node_id] = outcome.state
             reply.metadata.__dict__["_message_id"] = f"{message.metadata.message_id}-reply"
             yield reply
+
+    def _drops(self, message: Message) -> bool:
+        """Return whether a message is never answered."""
+        about = message.metadata
+        return self._faults.drops(about.group_id, about.dst_node_id - 1, about.message_type)
 
     def _outcomes(self, jobs: list[Job], timeout_s: float | None) -> Iterator[Answer | Outcome]:
         """Yield what became of each job, in order: in the workers, or one after the other here."""

@@ -11,8 +11,15 @@ from flwr.serverapp import Grid
 
 from fedlearn.arrays import ParamSpec
 from fedlearn.errors import ConfigError, TooFewClientsError
-from fedlearn.federation.messages import Failure, FailureCode, Reply, Request
-from fedlearn.flower.records import read_reply, request_records, size_bytes, vector_record
+from fedlearn.federation.messages import Failure, FailureCode, LegReply, LegRequest, Reply, Request
+from fedlearn.flower.records import (
+    leg_records,
+    read_leg_reply,
+    read_reply,
+    request_records,
+    size_bytes,
+    vector_record,
+)
 from fedlearn.sources import Clock
 
 __all__ = ["GridNetwork", "is_simulation_runtime"]
@@ -101,21 +108,45 @@ class GridNetwork:
             )
             for request in requests
         ]
+        for index, reply, download_bytes in self._in_order(messages, timeout_s):
+            request = requests[index]
+            if reply is None:
+                yield Failure(client=request.client, code=FailureCode.NO_REPLY, download_bytes=download_bytes)
+            else:
+                yield read_reply(reply, request, spec, download_bytes)
+
+    def exchange_leg(self, requests: Sequence[LegRequest], timeout_s: float) -> Iterator[LegReply | Failure]:
+        """Send one leg of secure aggregation as ``train.<leg>`` messages and yield one answer for each, in order."""
+        vectors = {id(r.vector): vector_record("vector", r.vector) for r in requests if r.vector is not None}
+        messages = [
+            Message(
+                leg_records(request, vectors.get(id(request.vector))),
+                self._node_of[request.client],
+                f"train.{request.leg}",
+                ttl=timeout_s,
+                group_id=request.plan.group,
+            )
+            for request in requests
+        ]
+        for index, reply, download_bytes in self._in_order(messages, timeout_s):
+            client = requests[index].client
+            if reply is None:
+                yield Failure(client=client, code=FailureCode.NO_REPLY, download_bytes=download_bytes)
+            else:
+                yield read_leg_reply(reply, client, download_bytes)
+
+    def _in_order(self, messages: Sequence[Message], timeout_s: float) -> Iterator[tuple[int, Message | None, int]]:
+        """Yield each message's index, its reply or ``None``, and its own bytes, in the order of asking."""
         download_bytes = [size_bytes(message.content) for message in messages]
         waiting: dict[int, Message] = {}
         following = 0
         for index, reply in self._matched(messages, self._grid.send_and_receive(messages, timeout=timeout_s)):
             waiting[index] = reply
             while following in waiting:
-                message = waiting.pop(following)
-                yield read_reply(message, requests[following], spec, download_bytes[following])
+                yield following, waiting.pop(following), download_bytes[following]
                 following += 1
-        for index in range(following, len(requests)):
-            if index in waiting:
-                yield read_reply(waiting.pop(index), requests[index], spec, download_bytes[index])
-            else:
-                client = requests[index].client
-                yield Failure(client=client, code=FailureCode.NO_REPLY, download_bytes=download_bytes[index])
+        for index in range(following, len(messages)):
+            yield index, waiting.pop(index, None), download_bytes[index]
 
     def _matched(self, messages: Sequence[Message], replies: Iterable[Message]) -> Iterator[tuple[int, Message]]:
         """Yield each reply with the index of its message: the first only, and only from the node that was asked."""

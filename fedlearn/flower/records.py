@@ -16,6 +16,8 @@ from fedlearn.federation.messages import (
     EvaluateReply,
     Failure,
     FailureCode,
+    LegReply,
+    LegRequest,
     Reply,
     Request,
     RoundPlan,
@@ -28,6 +30,10 @@ from fedlearn.federation.messages import (
 __all__ = [
     "REFUSAL",
     "evaluate_reply_records",
+    "leg_records",
+    "leg_reply_records",
+    "read_leg",
+    "read_leg_reply",
     "read_reply",
     "read_vector",
     "refusal",
@@ -53,6 +59,48 @@ _FLOWER_CODES = {
 def request_records(vector: ArrayRecord, plan: RoundPlan) -> RecordDict:
     """Return the content of a ``train`` or ``evaluate`` message; ``vector`` may be shared between messages."""
     return RecordDict({"model": vector, "round": ConfigRecord({"plan": plan.to_json()})})
+
+
+def leg_records(request: LegRequest, vector: ArrayRecord | None) -> RecordDict:
+    """Return the content of a ``train.<leg>`` message; ``vector`` may be shared between messages."""
+    records = RecordDict({"leg": ConfigRecord({"body": request.body})})
+    records["round"] = ConfigRecord({"plan": request.plan.to_json()})
+    if vector is not None:
+        records["model"] = vector
+    return records
+
+
+def read_leg(content: RecordDict, *, model: bool) -> tuple[bytes, str, ArrayRecord | None]:
+    """Return the body, the plan's text and, where the leg carries it, the model of a ``train.<leg>`` message.
+
+    Raises:
+        ReplyError: ``bad-request``.
+    """
+    expected = {"leg", "round"} | ({"model"} if model else set())
+    body = content.config_records["leg"].get("body") if "leg" in content.config_records else None
+    plan = content.config_records["round"].get("plan") if "round" in content.config_records else None
+    if set(content) != expected or not isinstance(body, bytes) or not isinstance(plan, str):
+        raise ReplyError(FailureCode.BAD_REQUEST, f"expected the records {sorted(expected)}")
+    return body, plan, content.array_records["model"] if model else None
+
+
+def leg_reply_records(body: bytes) -> RecordDict:
+    """Return the content of an answer to a leg: the protocol's bytes, and nothing else."""
+    return RecordDict({"leg": ConfigRecord({"body": body})})
+
+
+def read_leg_reply(message: Message, client: int, download_bytes: int) -> LegReply | Failure:
+    """Return what a client answered to a leg; its bytes are for the session to check."""
+    if message.has_error():
+        return _read_error(message.error, client, download_bytes)
+    content, upload_bytes = message.content, size_bytes(message.content)
+    record = content.get("leg")
+    body = record.get("body") if isinstance(record, ConfigRecord) and set(record) == {"body"} else None
+    if set(content) != {"leg"} or not isinstance(body, bytes):
+        return Failure(
+            client=client, code=FailureCode.BAD_REPLY, upload_bytes=upload_bytes, download_bytes=download_bytes
+        )
+    return LegReply(client=client, body=body, upload_bytes=upload_bytes, download_bytes=download_bytes)
 
 
 def vector_record(name: str, vector: Vector) -> ArrayRecord:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlearn.config import RunConfig
-from fedlearn.errors import ConfigError, RunFailedError
+from fedlearn.errors import ConfigError, MissingError, RunFailedError
 from fedlearn.federation.observer import Observer, SilentObserver
 from fedlearn.federation.rounds import Federation
 from fedlearn.federation.run_folder import RunFolder
+from fedlearn.federation.session import ServerIdentity
 from fedlearn.federation.summary import finish
 from fedlearn.files import data_home
 from fedlearn.flower.network import GridNetwork, is_simulation_runtime
 from fedlearn.privacy.noise import Noise, SecureNoise, SimulatedNoise
 from fedlearn.scenario import read_scenario
+from fedlearn.secagg.allow_list import AllowList
+from fedlearn.secagg.keys import SigningKey
+from fedlearn.secagg.simulated import SimulatedIdentities
 from fedlearn.sources import Clock, SecureRandom, SeedTree, SystemClock
 from fedlearn.tasks import load_task
 
@@ -34,16 +39,17 @@ def build_server_app(
     (``simulated``) or on Flower's simulation runtime, takes them from the run's seed, and its ledger says so.
 
     Its run config says which run: ``resume`` (the folder of a run that exists), or ``scenario`` (a TOML file),
-    ``set`` (overrides, separated by ``;``) and ``out`` (the new run's folder, as an absolute path).
+    ``set`` (overrides, separated by ``;``) and ``out`` (the new run's folder, as an absolute path). Under secure
+    aggregation on devices it also says who the server is: ``server-key`` (its key's file), ``allow-list`` (the list of
+    devices) and ``registry-key`` (the public key of who signed the list). A simulation makes all of them.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         folder = _open_folder(context)
-        with folder.lock():
-            time = clock or SystemClock()
-            seeded = simulated or is_simulation_runtime(grid)
+        time, seeded = clock or SystemClock(), simulated or is_simulation_runtime(grid)
+        with folder.lock(), _identity(folder.config, context, simulated=seeded) as identity:
             federation = Federation(
                 folder.config,
                 load_task(folder.config.task),
@@ -52,6 +58,7 @@ def build_server_app(
                 clock=time,
                 observer=observer or SilentObserver(),
                 noise=_noise(folder.config, seeded=seeded),
+                identity=identity,
             )
             try:
                 state = federation.run()
@@ -63,6 +70,45 @@ def build_server_app(
             finish(folder, federation.model, state)
 
     return app
+
+
+@contextmanager
+def _identity(config: RunConfig, context: Context, *, simulated: bool) -> Iterator[ServerIdentity | None]:
+    """Yield who the server is, where updates are masked; the keys of a simulation are deleted at its end.
+
+    Raises:
+        ConfigError: ``ideal`` is asked for outside a simulation, or a key's name is no key.
+        MissingError: a file is not there, or the registry did not sign the list.
+    """
+    if config.secagg.mode == "ideal" and not simulated:
+        raise ConfigError("secagg.mode", '"ideal" masks nothing and is for simulations; set "active"')
+    if not config.secagg.masks:
+        yield None
+    elif not simulated:
+        yield _real_identity(context.run_config)
+    else:
+        identities = SimulatedIdentities.create(SecureRandom())
+        try:
+            allow_list = identities.allow_list(config.federation.clients)
+            yield ServerIdentity(key=identities.server, allow_list=allow_list, simulated=identities)
+        finally:
+            identities.remove()
+
+
+def _real_identity(options: Mapping[str, Any]) -> ServerIdentity:
+    """Return who the server is, as the run config says."""
+    missing = [name for name in ("server-key", "allow-list", "registry-key") if not options.get(name)]
+    if missing:
+        reason = f"devices that mask need {', '.join(missing)} in the run config; see `fedlearn secagg --help`"
+        raise MissingError(f"secagg.mode: {reason}")
+    try:
+        registry = bytes.fromhex(str(options["registry-key"]))
+    except ValueError as error:
+        raise ConfigError("registry-key", "must be 64 hexadecimal digits") from error
+    return ServerIdentity(
+        key=SigningKey.read(Path(str(options["server-key"])).expanduser()),
+        allow_list=AllowList.read(Path(str(options["allow-list"])).expanduser(), registry),
+    )
 
 
 def _noise(config: RunConfig, *, seeded: bool) -> Noise:

@@ -31,7 +31,7 @@ GENESIS = "0" * 64
 RELEASES = ("round.release", "eval.release", "update.release")
 """The kinds of event whose body is a ``Release``."""
 
-_KNOWN = (*RELEASES, "run.policy", "run.resume", "run.close")
+_KNOWN = (*RELEASES, "run.policy", "run.resume", "run.close", "round.model")
 _VERSION = 1
 
 

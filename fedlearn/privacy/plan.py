@@ -11,6 +11,7 @@ from fedlearn.privacy.accounting import QUICK, calibrate, check_delta, default_d
 from fedlearn.privacy.matrix import choose_bands, sensitivity, square_root_coefficients
 from fedlearn.privacy.mechanisms import AdaptiveGaussian, DpFtrl, Gaussian, Mechanism
 from fedlearn.privacy.releases import Matrix, Query, Release, Sampling
+from fedlearn.secagg.terms import Terms
 
 __all__ = ["PrivacyPlan", "plan_privacy"]
 
@@ -28,6 +29,7 @@ class PrivacyPlan:
         noise_multiplier: σ/Δ of a round; under dp-ftrl of all rounds together.
         evaluated: the rounds after which clients measure the model, each a release of its own.
         earlier: what was released in earlier runs on the same clients.
+        size: d, how many numbers of the model are released; what clients round and add noise to depends on it.
     """
 
     config: RunConfig
@@ -35,6 +37,7 @@ class PrivacyPlan:
     noise_multiplier: float
     evaluated: tuple[int, ...] = ()
     earlier: tuple[Release, ...] = ()
+    size: int = 0
 
     @property
     def rate(self) -> float:
@@ -95,8 +98,10 @@ class PrivacyPlan:
         return would_exceed([*self.earlier, *released], following, budget, self.delta)
 
     def _model(self, number: int) -> Release:
-        """Return the release of one round's model, for a sensitivity of 1."""
+        """Return the release of one round's model, for a sensitivity of 1 (of the lattice, where clients add noise)."""
         privacy = self.config.privacy
+        if privacy.mechanism == "skellam":
+            return self._distributed(number)
         stddev, matrix = self.noise_multiplier, None
         if privacy.mechanism == "dp-ftrl":
             rounds, separation = self.config.federation.rounds, privacy.min_separation or 1
@@ -104,6 +109,14 @@ class PrivacyPlan:
             stddev *= sensitivity(coefficients, rows=rounds, min_separation=separation)
             matrix = Matrix(instance="planned", row=number - 1, coefficients=coefficients, min_separation=separation)
         return self._release("model", number, Query(name="update", sensitivity_l2=1.0, stddev=stddev), matrix)
+
+    def _distributed(self, number: int) -> Release:
+        """Return the release of one round's sum with the noise of the fewest honest survivors."""
+        terms = Terms.of(self.config)
+        encoding = terms.encoding(self.size, noise_multiplier=self.noise_multiplier)
+        survivors = terms.least_survivors
+        release = self._release("model", number, terms.query(encoding, survivors), None)
+        return replace(release, lattice=terms.lattice(encoding, survivors))
 
     def _evaluation(self, number: int) -> Release:
         """Return the release of one evaluation, for a sensitivity of 1."""
@@ -152,6 +165,7 @@ def plan_privacy(
     evaluated: Sequence[int] = (),
     earlier: Sequence[Release] = (),
     promised: float | None = None,
+    size: int = 0,
 ) -> PrivacyPlan:
     """Return the plan of a run with ``privacy.unit = "client"``: its noise is the least that meets the target.
 
@@ -160,6 +174,7 @@ def plan_privacy(
         evaluated: the rounds after which clients measure the model.
         earlier: what was released in earlier runs on the same clients.
         promised: the noise multiplier of a run that has begun; left out: it is calibrated, or the configuration's.
+        size: d, how many numbers of the model are trained: needed where clients add the noise themselves.
 
     Raises:
         ConfigError: the target cannot be met, or delta is at least 1/N.
@@ -169,7 +184,12 @@ def plan_privacy(
     delta = default_delta(clients) if privacy.delta == "auto" else privacy.delta
     check_delta(delta, clients)
     plan = PrivacyPlan(
-        config=config, delta=delta, noise_multiplier=math.inf, evaluated=tuple(evaluated), earlier=tuple(earlier)
+        config=config,
+        delta=delta,
+        noise_multiplier=math.inf,
+        evaluated=tuple(evaluated),
+        earlier=tuple(earlier),
+        size=size,
     )
     known = promised if promised is not None else privacy.noise_multiplier
     if known is not None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedlearn.privacy.clipping import ClippedUpdate
 from fedlearn.privacy.noise import Keystream
-from fedlearn.privacy.skellam import sensitivity, skellam
+from fedlearn.privacy.skellam import LEAST_VARIANCE, sensitivity, skellam
 from fedlearn.secagg.errors import PolicyViolationError, VectorLengthError
 from fedlearn.secagg.prg import Words
 from fedlearn.secagg.ring import BITS, Integers, pack, unpack, words_needed
@@ -88,11 +88,15 @@ class Encoding:
         Raises:
             PolicyViolationError: it can, or a number is none that an encoding has.
         """
-        numbers = (self.scale, self.bound_l2)
-        if not all(0 < number < math.inf for number in numbers) or not 0 <= self.noise_variance < math.inf:
+        numbers = (self.scale, self.bound_l2, self.scale * self.bound_l2)
+        if not all(0 < number < math.inf for number in numbers):
             raise PolicyViolationError("the encoding's numbers must be above 0 and finite")
+        if self.noise_variance and not LEAST_VARIANCE <= self.noise_variance < math.inf:
+            raise PolicyViolationError(f"noise of variance {self.noise_variance:g} cannot be drawn")
         if self.bits not in BITS or not 1 <= self.size <= _MOST_SIZE or not 1 <= self.clients <= _MOST_CLIENTS:
             raise PolicyViolationError(f"no encoding has {self.bits} bits, {self.size} entries, {self.clients} clients")
+        if self.most_weight < 1:
+            raise PolicyViolationError("the largest weight is 1 at least")
         if len(self.rotation) not in (0, _ROTATION_BYTES):
             raise PolicyViolationError("the seed of a rotation has 32 bytes")
         if bool(self.rotation) != bool(self.noise_variance):
@@ -293,7 +297,8 @@ def noised_encoding(
 def _noised_reach(clients: int, size: int, reach: float, noise_variance: float) -> float:
     """Return k·√(n²s²C²/p + n/4 + nμ) + 1, where p coordinates share a block of the rotation."""
     k = math.sqrt(2 * math.log(2 * size / _OVERFLOW))
-    spread = (clients * reach) ** 2 / block_size(size)
+    moved = clients * reach
+    spread = moved * moved / block_size(size)  # infinite where it is too large: a power would raise
     return k * math.sqrt(spread + clients / 4 + clients * noise_variance) + 1
 
 
