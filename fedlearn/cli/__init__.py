@@ -29,6 +29,7 @@ VERBS = {
     "predict": "Use a run's model on data.",
     "export": "Write a run's model as ONNX, PT2 or safetensors.",
     "privacy": "Compute epsilon from a ledger or from numbers; find the noise for an epsilon; show a ledger.",
+    "secagg": "Show what the server saw under secure aggregation; make keys, and the list of who may take part.",
     "tasks": "List the built-in learning problems.",
     "init": "Write a task of your own to start from.",
     "doctor": "Check this machine, with the next step for whatever is amiss.",

@@ -22,6 +22,8 @@ __all__ = ["run"]
 _TIMED_S = 0.4
 _TIMED_EXAMPLES = 1024
 
+_FOLDER = "/dev/shm/fedlearn-keys-xxxxxxxx"  # noqa: S108 - nothing is written there; a name as long as a simulation's
+
 
 def run(source: Source = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run will cost: traffic, work, minutes, epsilon. No round is run and nothing is written."""
@@ -145,10 +147,11 @@ def _promise(setting: _Setting) -> dict[str, Any]:
     from fedlearn.privacy.plan import plan_privacy
 
     evaluated = setting.rounds_evaluated if setting.asks_clients else []
-    plan = plan_privacy(setting.config, evaluated=evaluated, earlier=earlier_releases(setting.config))
+    earlier = earlier_releases(setting.config)
+    plan = plan_privacy(setting.config, evaluated=evaluated, earlier=earlier, size=setting.model.spec.trainable_size)
     return {
         **said,
-        "mechanism": plan.mechanism("planned").name,
+        "mechanism": privacy.mechanism,
         "epsilon": plan.epsilon(),
         "epsilon_without_amplification": plan.without_amplification().epsilon(),
         "delta": plan.delta,
@@ -182,6 +185,8 @@ def _traffic(setting: _Setting) -> dict[str, Any]:
     """
     federation = setting.config.federation
     answered, cohort, clients = setting.answered, federation.cohort, federation.clients
+    if setting.config.secagg.mode != "off":
+        return _masked_traffic(setting)
     train_up, evaluate_up = _reply_bytes(setting)
     evaluated = setting.rounds_evaluated if setting.asks_clients else []
     asked_down = _request_bytes(setting, range(1, federation.rounds + 1)) + _request_bytes(setting, evaluated)
@@ -197,6 +202,59 @@ def _traffic(setting: _Setting) -> dict[str, Any]:
         "server_sent_bytes": down,
         "evaluation": _who_evaluates(setting),
     }
+
+
+def _masked_traffic(setting: _Setting) -> dict[str, Any]:
+    """Return the same where the server sees a sum alone: every leg of every round, and no evaluation by clients."""
+    federation = setting.config.federation
+    cohort, clients, rounds = federation.cohort, federation.clients, range(1, federation.rounds + 1)
+    down = sum(each_down for number in rounds for each_down, _ in _leg_bytes(setting, number))
+    up = sum(each_up for number in rounds for _, each_up in _leg_bytes(setting, number))
+    last = _leg_bytes(setting, federation.rounds)
+    received = int(setting.answered * cohort * up)
+    return {
+        "upload_bytes_per_client_and_round": sum(each for _, each in last),
+        "download_bytes_per_client_and_round": sum(each for each, _ in last),
+        "upload_bytes_per_client": received // clients,
+        "download_bytes_per_client": cohort * down // clients,
+        "server_received_bytes": received,
+        "server_sent_bytes": cohort * down,
+        "evaluation": _who_evaluates(setting),
+    }
+
+
+def _leg_bytes(setting: _Setting, number: int) -> list[tuple[int, int]]:
+    """Return what one client is sent, and answers, in each leg of a round."""
+    import numpy as np
+
+    from fedlearn.federation.messages import LegRequest, RoundPlan
+    from fedlearn.flower.records import leg_records, leg_reply_records, size_bytes, vector_record
+    from fedlearn.secagg.cost import LegBytes, leg_bytes
+    from fedlearn.secagg.terms import Terms
+
+    config, spec = setting.config, setting.model.spec
+    terms = Terms.of(config)
+    hides = config.privacy.unit == "client"
+    encoding = terms.encoding(spec.trainable_size if hides else spec.size, noise_multiplier=1.0 if hides else None)
+    offer = terms.offer(encoding)
+    ideal = [LegBytes(leg="ideal", down=len(offer.message()), up=encoding.upload_bytes)]
+    plan = RoundPlan(
+        config=config,
+        round_number=number,
+        attempt=1,
+        proximal_mu=setting.algorithm.proximal_mu,
+        spec_sha256=spec.sha256,
+        bound_l2=terms.bound_l2,
+        run=32 * "0",
+        identities=_FOLDER if config.secagg.masks else "",
+        watched=0 if config.secagg.masks else -1,
+    )
+    vector, found = vector_record("vector", np.zeros(spec.size, dtype=spec.dtype)), []
+    for leg in leg_bytes(offer) if config.secagg.masks else ideal:
+        request = LegRequest(leg=leg.leg, client=0, plan=plan, body=bytes(leg.down))
+        model = vector if leg.leg in ("mask", "ideal") else None
+        found.append((size_bytes(leg_records(request, model)), size_bytes(leg_reply_records(bytes(leg.up)))))
+    return found
 
 
 def _who_evaluates(setting: _Setting) -> str:

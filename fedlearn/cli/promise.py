@@ -12,6 +12,7 @@ __all__ = ["epsilon_text", "promise_rows"]
 _HIDES = {
     "example": "each example of a client, from everybody else, the server included",
     "client": "each client, from other clients and whoever gets the model; the server is trusted",
+    "distributed": "each client, from everybody else, the server included, as long as enough clients are honest",
 }
 _SIMULATED = "from the seed, so nobody is protected: this is what a real run would spend"
 
@@ -40,7 +41,7 @@ def promise_rows(privacy: Mapping[str, Any], rounds: int) -> list[tuple[str, str
     most = ", the largest of the clients" if example else ""
     rows = [
         ("epsilon", f"{epsilon_text(privacy['epsilon'])}{budget}{delta}{most}"),
-        ("hides", _HIDES[privacy["unit"]]),
+        ("hides", _HIDES["distributed" if privacy.get("trust") == "distributed" else privacy["unit"]]),
     ]
     if privacy.get("noise_multiplier") is not None:
         rows.append(("noise", f"{number_text(privacy['noise_multiplier'])} times the clipping norm"))

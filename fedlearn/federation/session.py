@@ -270,21 +270,12 @@ class SecureAggregation:
 
     def _offer(self, plan: RoundPlan, encoding: Encoding, model: bytes) -> Offer:
         """Return what the clients of this try are offered, not signed yet."""
-        terms, secagg = self.terms, self.config.secagg
         lasts_s = self.config.federation.round_timeout_s + _SPARE_S
-        return Offer(
-            suite=terms.suite,
-            task=self.config.task,
+        return self.terms.offer(
+            encoding,
             round_number=plan.round_number,
             attempt=plan.attempt,
             session=self._random.token_bytes(32),
-            mode=terms.mode,
-            colluding=secagg.colluding,
-            dropping=secagg.dropping,
-            cohort=self.config.federation.cohort,
-            least_cohort=terms.least_survivors,
-            least_survivors=terms.least_survivors,
-            encoding=encoding,
             model_sha256=model,
             deadline_s=math.ceil(self.clock.unix_s() + lasts_s),
         )

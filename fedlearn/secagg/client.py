@@ -55,6 +55,7 @@ from fedlearn.secagg.graph import SEED_BYTES, Graph, ring_permutation
 from fedlearn.secagg.keys import KEY_BYTES, SigningKey, agreement_key, open_sealed, seal, tagged_hash, verify
 from fedlearn.secagg.merkle import MerkleTree, root_of
 from fedlearn.secagg.messages import (
+    LARGEST_WHOLE_ROSTER,
     Advertisement,
     Consistent,
     Deliver,
@@ -75,8 +76,6 @@ from fedlearn.secagg.vault import Vault
 from fedlearn.sources import SecureRandom
 
 __all__ = ["ClientSession"]
-
-_LARGEST_WHOLE_ROSTER = 1000
 
 
 _NOWHERE = Topology(Graph(n=2, k=1, threshold=2), ring_permutation(2, bytes(SEED_BYTES)), 2)
@@ -220,8 +219,8 @@ class ClientSession:
 
     def _check_root(self, roster: Roster) -> None:
         """Raise unless every entry is under the roster's hash, at its place."""
-        if roster.clients <= _LARGEST_WHOLE_ROSTER and not roster.whole:
-            raise GraphError(f"a roster of up to {_LARGEST_WHOLE_ROSTER} clients has all their entries")
+        if roster.clients <= LARGEST_WHOLE_ROSTER and not roster.whole:
+            raise GraphError(f"a roster of up to {LARGEST_WHOLE_ROSTER} clients has all their entries")
         if roster.whole:
             if MerkleTree([roster.entries[at].leaf for at in range(roster.clients)]).root != roster.root:
                 raise BadAdvertisementError("the roster's hash is not that of its entries")

@@ -19,6 +19,8 @@ from fedlearn.secagg.wire import Reader, Writer, bitmap, members
 
 __all__ = [
     "CIPHERTEXT_BYTES",
+    "LARGEST_WHOLE_ROSTER",
+    "MODES",
     "Advertisement",
     "Consistent",
     "Deliver",
@@ -37,6 +39,9 @@ Mode = Literal["semi-honest", "active"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 CIPHERTEXT_BYTES = 2 * SHARE_BYTES + 16
+LARGEST_WHOLE_ROSTER = 1000
+"""Up to so many clients a roster has all of them; above, a client's neighbours with proofs."""
+
 _HASH_BYTES = 32
 _MOST_CLIENTS = 1 << 20
 _MOST_PATH = 20

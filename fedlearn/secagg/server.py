@@ -40,6 +40,7 @@ from fedlearn.secagg.keys import SigningKey, tagged_hash, verify
 from fedlearn.secagg.members import Member, kept_member, restored_member
 from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import (
+    LARGEST_WHOLE_ROSTER,
     Advertisement,
     Consistent,
     Deliver,
@@ -61,8 +62,6 @@ __all__ = ["PHASES", "ServerSession", "UnmaskedSum"]
 
 PHASES = ("advertise", "share", "mask", "consistent", "unmask")
 """The answers a server waits for, in order; ``consistent`` in active mode only."""
-
-_LARGEST_WHOLE_ROSTER = 1000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -266,7 +265,7 @@ class ServerSession:
             self._topology = Topology.of(self.offer, clients, self._roster_hash)
         except GraphError as error:
             raise RoundAbortedError(self.phase, self.counts, str(error)) from error
-        if clients <= _LARGEST_WHOLE_ROSTER:
+        if clients <= LARGEST_WHOLE_ROSTER:
             whole = self._roster(range(clients), tree, paths=False).message()
             return {member.address: whole for member in self._members}
         return {

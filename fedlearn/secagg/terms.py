@@ -13,7 +13,7 @@ from fedlearn.secagg.encoding import Encoding, noised_encoding, plain_encoding
 from fedlearn.secagg.errors import PolicyViolationError
 from fedlearn.secagg.graph import choose_graph, counts
 from fedlearn.secagg.keys import tagged_hash
-from fedlearn.secagg.messages import Mode
+from fedlearn.secagg.messages import Mode, Offer
 from fedlearn.secagg.prg import SUITES
 
 __all__ = ["Terms"]
@@ -120,6 +120,35 @@ class Terms:
         except PolicyViolationError as error:
             key = "training.max-examples" if self.most_weight > 1 else "secagg.bits"
             raise ConfigError(key, str(error)) from error
+
+    def offer(
+        self,
+        encoding: Encoding,
+        *,
+        round_number: int = 1,
+        attempt: int = 1,
+        session: bytes = bytes(32),
+        model_sha256: bytes = bytes(32),
+        deadline_s: int = 0,
+    ) -> Offer:
+        """Return what a round's clients are offered, not signed yet; by default one to take the measure of."""
+        config = self.config
+        return Offer(
+            suite=self.suite,
+            task=config.task,
+            round_number=round_number,
+            attempt=attempt,
+            session=session,
+            mode=self.mode,
+            colluding=config.secagg.colluding,
+            dropping=config.secagg.dropping,
+            cohort=config.federation.cohort,
+            least_cohort=self.least_survivors,
+            least_survivors=self.least_survivors,
+            encoding=encoding,
+            model_sha256=model_sha256,
+            deadline_s=deadline_s,
+        )
 
     def rotation(self, model_sha256: bytes, round_number: int, attempt: int) -> bytes:
         """Return the seed of one round's rotation: of public facts, so that ``ideal`` and masked rounds share it."""
