@@ -264,7 +264,7 @@ class ServerSession:
         try:
             self._topology = Topology.of(self.offer, clients, self._roster_hash)
         except GraphError as error:
-            raise RoundAbortedError(self.phase, self.counts, str(error)) from error
+            raise self._aborted(str(error)) from error
         if clients <= LARGEST_WHOLE_ROSTER:
             whole = self._roster(range(clients), tree, paths=False).message()
             return {member.address: whole for member in self._members}
@@ -395,10 +395,14 @@ class ServerSession:
     def _need(self, found: int, needed: int, what: str) -> None:
         """Raise where too few clients are left."""
         if found < needed:
-            phase, counts = self.phase, {**self.counts, "needed": needed}
-            self.phase = "aborted"
-            self._forget()
-            raise RoundAbortedError(phase, counts, f"{found} clients are left, and {needed} {what}")
+            raise self._aborted(f"{found} clients are left, and {needed} {what}", needed=needed)
+
+    def _aborted(self, reason: str, **counts: int) -> RoundAbortedError:
+        """End the session and return the error that says so."""
+        error = RoundAbortedError(self.phase, {**self.counts, **counts}, reason)
+        self.phase = "aborted"
+        self._forget()
+        return error
 
     def _forget(self) -> None:
         """Let go of the sum and of all shares."""
@@ -425,10 +429,7 @@ class ServerSession:
         try:
             plus, minus = self._masks(Reconstruction(self._members, self.topology, responders, complaints))
         except ShareReconstructionError as error:
-            counts = {**self.counts, "needed": self.topology.threshold}
-            self.phase = "aborted"
-            self._forget()
-            raise RoundAbortedError("unmask", counts, str(error)) from error
+            raise self._aborted(str(error), needed=self.topology.threshold) from error
         add_masks(self._total, plus=plus, minus=minus, suite=self.offer.suite, threads=self._threads)
         self.phase = "done"
         transcript = self._transcript(responders)

@@ -155,6 +155,6 @@ def updates(encoded_as: Encoding, clients: int, seed: int = 0) -> list[EncodedUp
     return found
 
 
-def resigned(cohort: Cohort, **changes: Any) -> bytes:
+def resigned(cohort: Cohort, /, **changes: Any) -> bytes:
     """Return another offer by the same server."""
     return replace(cohort.offered, **changes).signed(cohort.server_key).message()

@@ -216,7 +216,7 @@ class _Dropouts:
         self._dropped = dropped
         self.stage = ""
 
-    def drops(self, group: str, client: int) -> bool:
+    def drops(self, group: str, client: int, kind: str = "") -> bool:
         """Return whether this client never answers in the stage that is on."""
         return self.stage == Stage.COLLECT_MASKED_VECTORS and client < self._dropped
 
