@@ -32,6 +32,9 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
 )
 """The built-in algorithms, by the name a scenario gives them."""
 
+_OF_SINGLE_UPDATES = ("bulyan", "coordinate-median", "krum", "median", "multi-krum", "trimmed-mean")
+"""Well-known rules that compare the clients' updates with each other."""
+
 
 def build_algorithm(
     name: str, *, server_learning_rate: float | None, options: Mapping[str, bool | int | float | str]
@@ -76,6 +79,12 @@ def _find(name: str) -> type[Algorithm]:
         return ALGORITHMS[name]
     if ":" in name or name.endswith(".py"):
         return load_class(name, Algorithm, kind="algorithm")  # type: ignore[type-abstract]
+    if name.lower().replace("_", "-") in (*_OF_SINGLE_UPDATES, *(each.replace("-", "") for each in _OF_SINGLE_UPDATES)):
+        reason = (
+            f"{name!r} compares single updates with each other. An algorithm is only given their mean, and under secure "
+            "aggregation the server sees no single one; use one that needs the mean alone"
+        )
+        raise ConfigError("training.algorithm", f"{reason}: {', '.join(ALGORITHMS)}")
     reason = f"there is no algorithm {name!r}. Built in: {', '.join(ALGORITHMS)}. Your own: path/to/file.py."
     raise ConfigError("training.algorithm", reason, nearest(name.lower(), ALGORITHMS))
 

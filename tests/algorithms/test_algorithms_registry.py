@@ -52,6 +52,13 @@ def test_numbers_reach_the_algorithm():
     assert _build("fedprox", {"proximal_mu": 1}) == FedProx(proximal_mu=1.0)
 
 
+@pytest.mark.parametrize("name", ["krum", "Krum", "median", "multi_krum", "multikrum", "trimmed-mean", "bulyan"])
+def test_a_rule_that_compares_single_updates_is_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match="compares single updates.*sees no single one.*fedavg") as caught:
+        _build(name)
+    assert caught.value.key == "training.algorithm"
+
+
 def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(ConfigError, match="there is no algorithm 'FedAvgg'") as caught:
         _build("FedAvgg")
