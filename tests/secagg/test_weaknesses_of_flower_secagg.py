@@ -7,8 +7,10 @@ one test of all is ``slow``.
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import flwr.clientapp.mod
 import flwr.serverapp
 import numpy as np
 import pytest
+from cohort import RANDOM, Cohort, encoding, offer
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.client.mod.secure_aggregation.secaggplus_mod import SecAggPlusState
@@ -51,10 +54,38 @@ from flwr.supercore.primitives.asymmetric import (
 )
 from numpy.typing import NDArray
 
+from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.grid import LocalGrid
+from fedlearn.scenario import read_scenario
+from fedlearn.secagg.derivation import pair_mask_key
+from fedlearn.secagg.errors import (
+    BadAdvertisementError,
+    GraphError,
+    PolicyViolationError,
+    RoundAbortedError,
+    StageError,
+)
+from fedlearn.secagg.keys import agreement_key
+from fedlearn.secagg.merkle import MerkleTree
+from fedlearn.secagg.messages import MaskedInput, Roster, Survivors, Unmask
+from fedlearn.secagg.prg import add_masks
+from fedlearn.simulation.engine import simulate
 
 HELPER = runpy.run_path(str(Path(__file__).with_name("linear_complexity.py")))
 linear_complexity, shortest_recurrence = HELPER["linear_complexity"], HELPER["shortest_recurrence"]
+
+
+def stream_of(key: bytes, words: int = 64) -> bytes:
+    """Return the beginning of our mask of a key."""
+    vector = np.zeros(words, dtype=np.uint64)
+    add_masks(vector, plus=[key])
+    return vector.tobytes()
+
+
+def flipped(key: bytes, bit: int) -> bytes:
+    """Return a key with one bit changed."""
+    return (int.from_bytes(key, "big") ^ 1 << bit).to_bytes(32, "big")
+
 
 CLIENTS, VICTIM, THRESHOLD = 5, 3, 3
 WEIGHT = 1000  # examples of each client, which is Flower's ``max_weight``: a factor of one
@@ -279,6 +310,12 @@ class TestInterface:
             with pytest.raises(KeyError, match=RECORD_KEY_CONFIGS):
                 secaggplus_mod(message, context, lambda message, context: message)
 
+    def test_ours_runs_on_the_message_api(self, tmp_path):
+        config = read_scenario("regression", ["secagg.mode=active", "federation.clients=4", "federation.rounds=1"])
+        simulate(RunFolder.create(tmp_path / "run", config))
+        seen = json.loads((tmp_path / "run" / "secagg.jsonl").read_text())
+        assert (seen["mode"], seen["counts"]["unmasked"], seen["released"]) == ("active", 4, True)
+
 
 # -- the masks: too few seeds --------------------------------------------------------------------------------------
 
@@ -425,6 +462,42 @@ class TestSeeds:
         (seed,) = searched(masked, 1, batches(window, BATCH))
         assert (update_of(without_own_mask(masked, seed.to_bytes(4, "little"))) == vectors[VICTIM]).all()
 
+    def test_ours_has_keys_of_256_bits_of_which_every_one_counts(self):
+        key = RANDOM.token_bytes(32)
+        streams = {stream_of(key)} | {stream_of(flipped(key, bit)) for bit in range(256)}
+        assert len(streams) == 257
+
+    def test_ours_keeps_the_vector_of_a_lost_client_that_came_late_even_when_its_mask_key_is_known(self):
+        cohort = Cohort(offer(CLIENTS, encoding=encoding(size=6000, clients=CLIENTS)), lost={VICTIM: "consistent"})
+        late: dict[int, bytes] = {}
+        plus, minus = list[bytes](), list[bytes]()
+
+        def keep(leg: str, client: int, message: bytes) -> bytes:
+            if (leg, client) == ("to-mask", VICTIM):  # what the server rebuilds when a client is lost
+                session = cohort.sessions[VICTIM]
+                for peer, entry in session._peers.items():
+                    pair = (session._secrets.mask, entry.mask_key, session._roster_hash, session._index, peer)
+                    (plus if peer > session._index else minus).extend([pair_mask_key(*pair)] * (peer != session._index))
+            if (leg, client) == ("from-mask", VICTIM):
+                late[client] = message
+                return b"lost on the way"
+            return message
+
+        cohort.tamper = keep
+        total = cohort.run()
+        assert VICTIM not in total.survivors
+        assert np.array_equal(total.words, cohort.expected(total.survivors))
+        with pytest.raises(StageError):
+            cohort.server.receive(VICTIM, late[VICTIM])
+        # All its masks but its own are known once its mask key was rebuilt; what is left is still even in every byte.
+        left = np.frombuffer(
+            MaskedInput.read(late[VICTIM], words=cohort.offered.encoding.words).vector, dtype="<u8"
+        ).copy()
+        add_masks(left, plus=minus, minus=plus)
+        assert not np.array_equal(left, cohort.updates[VICTIM].words)
+        counts = np.bincount(left.view(np.uint8), minlength=256)
+        assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 420  # above with probability 1e-10
+
 
 # -- the masks: linear ---------------------------------------------------------------------------------------------
 
@@ -452,6 +525,10 @@ class TestLowestBits:
             assert 0.4 < sent[:frozen].mean() < 0.6
             lowest = sent[frozen:] ^ public.continued(sent[:frozen], trained)
             assert (lowest == (np.round(vector[frozen:] / STEP).astype(int) & 1)).all()
+
+    def test_ours_have_no_generator_shorter_than_half_of_what_is_seen(self):
+        lowest = np.frombuffer(stream_of(RANDOM.token_bytes(32), words=45_000), dtype="<u8") & np.uint64(1)
+        assert abs(linear_complexity(lowest) - 22_500) < 40
 
 
 # -- who is who ----------------------------------------------------------------------------------------------------
@@ -499,6 +576,22 @@ class TestKeySubstitution:
             seed, key = combine_shares(wire.seed_shares[node]), combine_shares(wire.key_shares[node])
             assert (opened(wire, node, seed, key) == vector).all()
 
+    def test_ours_refuses(self):
+        def substituted(leg: str, client: int, message: bytes) -> bytes:
+            if leg != "to-share":
+                return message
+            roster = Roster.read(message)
+            index = next(at for at, entry in roster.entries.items() if entry.device != cohort.keys[client].public)
+            fake = replace(roster.entries[index], encryption_key=agreement_key(RANDOM.token_bytes(32)))
+            entries = {**roster.entries, index: fake}
+            root = MerkleTree([entries[at].leaf for at in sorted(entries)]).root
+            return replace(roster, entries=entries, root=root).message()
+
+        cohort = Cohort(offer(CLIENTS), tamper=substituted)
+        with pytest.raises(RoundAbortedError):
+            cohort.run()
+        assert {type(error) for error in cohort.client_errors.values()} == {BadAdvertisementError}
+
 
 class BothLists(Wire):
     """All but the victim are told that it is alive and dead; Flower's workflow is told what it expects."""
@@ -529,6 +622,18 @@ class TestBothLists:
         assert not any(wire.errors.values())
         found = opened(wire, VICTIM, wire.secret(VICTIM), combine_shares(wire.key_shares))
         assert (found == vectors[VICTIM]).all()
+
+    def test_ours_refuses(self):
+        cohort = Cohort(offer(CLIENTS, mode="semi-honest"))
+        outgoing = cohort.until("unmask")
+        survivors = Survivors.read(outgoing[0])
+        index = cohort.server._index_of[VICTIM]
+        without = replace(survivors, survivors=[each for each in survivors.survivors if each != index]).message()
+        helper = cohort.sessions[0]
+        given = Unmask.read(helper.unmask(outgoing[0])).shares  # the share of its seed: the victim is alive
+        with pytest.raises(StageError):
+            helper.unmask(without)  # that of its mask key too, as if it were dead
+        assert set(given) == set(range(CLIENTS))
 
 
 class ThresholdOfOne(Wire):
@@ -582,6 +687,22 @@ class TestThreshold:
                 wire.send_and_receive([Message(content, 1, "train", group_id="1")])
         assert (update_of(without_own_mask(wire.masked(1), wire.secret(1))) == secret).all()
 
+    def test_ours_refuses(self):
+        cohort = Cohort(
+            offer(CLIENTS),
+            tamper=lambda leg, _, message: (
+                replace(Roster.read(message), threshold=1).message() if leg == "to-share" else message
+            ),
+        )
+        with pytest.raises(RoundAbortedError):
+            cohort.run()
+        assert {type(error) for error in cohort.client_errors.values()} == {GraphError}
+
+    def test_ours_refuses_a_cohort_of_one(self):
+        cohort = Cohort(offer(1, least_survivors=1, encoding=encoding(clients=1)))
+        with pytest.raises(PolicyViolationError):
+            cohort.begin(0, cohort.server.begin([0])[0])
+
 
 # -- loss and cost -------------------------------------------------------------------------------------------------
 
@@ -607,6 +728,13 @@ class TestEarlyLoss:
         assert list(heard.came[Stage.COLLECT_MASKED_VECTORS]) == others  # all other vectors were there
         assert heard.errors[Stage.UNMASK] == dict.fromkeys(others, "KeyError")  # and every one of them failed
 
+    @pytest.mark.parametrize("leg", ["advertise", "share"])
+    def test_ours_goes_on_without_it(self, leg: str):
+        cohort = Cohort(offer(CLIENTS), lost={VICTIM: leg})
+        total = cohort.run()
+        assert sorted(total.survivors) == [each for each in range(CLIENTS) if each != VICTIM]
+        assert np.array_equal(total.words, cohort.expected(total.survivors))
+
 
 class TestUpload:
     """What a client sends."""
@@ -623,3 +751,17 @@ class TestUpload:
         wire, _ = flower_round(updates())
         sent = wire.came[Stage.COLLECT_MASKED_VECTORS][VICTIM]
         assert sent["fitres.num_examples"]["num_examples"] == WEIGHT
+
+    def test_ours_sends_two_and_two_thirds_and_nothing_beside_it(self, tmp_path):
+        cohort = Cohort(offer(CLIENTS, encoding=encoding(size=10_000, clients=CLIENTS)))
+        sent: dict[str, int] = {}
+
+        def measure(leg: str, client: int, message: bytes) -> bytes:
+            if leg.startswith("from") and client == VICTIM:
+                sent[leg] = len(message)
+            return message
+
+        cohort.tamper = measure
+        cohort.run()
+        assert sent["from-mask"] / 10_000 < 2.7
+        assert sum(sent.values()) - sent["from-mask"] < 400 * CLIENTS  # shares, keys and signatures: in the clients
