@@ -90,15 +90,15 @@ class PrivacyConfig:
             reason = "set the epsilon you can live with, such as privacy.target-epsilon=8 (or privacy.noise-multiplier)"
             raise ConfigError("privacy.target-epsilon", reason)
         distributed = self.unit == "client" and self.trust == "distributed"
+        if self.trust != _TRUST[self.unit] and not distributed:
+            reason = f'"{self.trust}" does not go with unit "{self.unit}", whose noise comes from '
+            reason += "each client" if self.unit == "example" else "the server"
+            raise ConfigError("privacy.trust", f'{reason}: set "{_TRUST[self.unit]}", or leave it out')
         if distributed:
             self._check_distributed()
         elif self.mechanism == "skellam":
             reason = '"skellam" is the noise that clients add themselves: set privacy.unit = "client" and trust = '
             raise ConfigError("privacy.mechanism", f'{reason}"distributed", or leave the mechanism out')
-        if self.trust != _TRUST[self.unit] and not distributed:
-            reason = f'"{self.trust}" does not go with unit "{self.unit}", whose noise comes from '
-            reason += "each client" if self.unit == "example" else "the server"
-            raise ConfigError("privacy.trust", f'{reason}: set "{_TRUST[self.unit]}", or leave it out')
         if self.min_separation is not None and self.mechanism != "dp-ftrl":
             raise ConfigError("privacy.min-separation", 'is for mechanism "dp-ftrl"; leave it out')
         if self.unit == "example":

@@ -483,10 +483,34 @@ def test_alternatives_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize("mode", ["ideal", "semi-honest", "active"])
-def test_secure_aggregation_is_refused_rather_than_ignored(mode: str) -> None:
-    error = refused(f"secagg.mode={mode}")
-    assert error.key == "secagg.mode"
-    assert f'"{mode}" is not available in fedlearn 0.1; only "off" runs' in error.reason
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (("federation.clients=2",), "federation.cohort"),
+        (("federation.cohort=2",), "federation.cohort"),
+        (("federation.evaluation=federated",), "federation.evaluation"),
+        (("training.weighting=examples",), "training.max-examples"),
+        (("federation.sampling=poisson",), "federation.sampling"),
+        (("privacy.unit=client", "privacy.target-epsilon=8"), "privacy.trust"),
+        (("secagg.colluding=0.4",), "secagg.colluding"),
+        (("secagg.dropping=0.5",), "secagg.dropping"),
+    ],
+)
+def test_what_does_not_go_with_a_server_that_sees_the_sum_alone_is_refused(
+    mode: str, override: tuple[str, ...], key: str
+) -> None:
+    assert refused(f"secagg.mode={mode}", *override).key == key
+
+
+def test_weights_are_masked_only_where_their_cap_is_chosen() -> None:
+    masked = RunConfig.from_toml('[secagg]\nmode = "active"')
+    assert masked.training.weighting == "uniform"
+    chosen = RunConfig.from_toml('[secagg]\nmode = "active"\n[training]\nmax-examples = 100')
+    assert chosen.training.weighting == "examples"
+
+
+def test_a_leg_that_is_never_sent_cannot_be_the_one_clients_are_lost_at() -> None:
+    assert refused("faults.leg=mask").key == "faults.leg"
 
 
 def test_flower_engine_names_the_next_step() -> None:

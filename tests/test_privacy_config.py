@@ -10,6 +10,7 @@ from fedlearn.scenario import apply_overrides, read_scenario
 
 CLIENT = ("privacy.unit=client", "privacy.target-epsilon=8", "federation.clients=100", "federation.cohort=10")
 FTRL = (*CLIENT, "privacy.mechanism=dp-ftrl")
+DISTRIBUTED = (*CLIENT, "privacy.trust=distributed", "secagg.mode=active")
 EXAMPLE = ("privacy.unit=example", "privacy.target-epsilon=8")
 
 
@@ -72,7 +73,14 @@ def test_a_delta_of_one_over_n_or_more_is_refused(delta: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        ((*CLIENT, "privacy.trust=distributed"), "privacy.trust"),
+        ((*CLIENT, "privacy.trust=distributed"), "secagg.mode"),
+        ((*DISTRIBUTED, "privacy.mechanism=gaussian"), "privacy.mechanism"),
+        ((*DISTRIBUTED, "privacy.mechanism=dp-ftrl"), "privacy.mechanism"),
+        ((*DISTRIBUTED, "privacy.adaptive-clipping=true"), "privacy.adaptive-clipping"),
+        ((*DISTRIBUTED, "privacy.amplification=poisson"), "privacy.amplification"),
+        ((*DISTRIBUTED, "federation.sampling=poisson"), "federation.sampling"),
+        ((*DISTRIBUTED, "federation.evaluation=both"), "federation.evaluation"),
+        ((*EXAMPLE, "privacy.trust=distributed"), "privacy.trust"),
         ((*CLIENT, "privacy.mechanism=skellam"), "privacy.mechanism"),
         ((*CLIENT, "privacy.trust=local"), "privacy.trust"),
         ((*EXAMPLE, "privacy.trust=central"), "privacy.trust"),

@@ -32,7 +32,7 @@ ALGORITHMS: Mapping[str, type[Algorithm]] = MappingProxyType(
 )
 """The built-in algorithms, by the name a scenario gives them."""
 
-_OF_SINGLE_UPDATES = ("bulyan", "coordinate-median", "krum", "median", "multi-krum", "trimmed-mean")
+_OF_SINGLE_UPDATES = ("bulyan", "coordinatemedian", "krum", "median", "multikrum", "trimmedmean")
 """Well-known rules that compare the clients' updates with each other."""
 
 
@@ -79,7 +79,7 @@ def _find(name: str) -> type[Algorithm]:
         return ALGORITHMS[name]
     if ":" in name or name.endswith(".py"):
         return load_class(name, Algorithm, kind="algorithm")  # type: ignore[type-abstract]
-    if name.lower().replace("_", "-") in (*_OF_SINGLE_UPDATES, *(each.replace("-", "") for each in _OF_SINGLE_UPDATES)):
+    if name.lower().replace("_", "").replace("-", "") in _OF_SINGLE_UPDATES:
         reason = (
             f"{name!r} compares single updates with each other. An algorithm is only given their mean, and under secure "
             "aggregation the server sees no single one; use one that needs the mean alone"

@@ -307,6 +307,8 @@ def _noise(seeds: SeedTree, context: Context) -> Noise:
 def _evaluate(message: Message, context: Context) -> RecordDict:
     """Test the received model on this client's own test examples and answer with sums."""
     plan, site, parameters = _open(message, context)
+    if plan.config.secagg.mode != "off":
+        raise ReplyError(FailureCode.REFUSED, "under secure aggregation nothing is measured by one client")
     examples = site.data(context).test
     if examples is None or len(examples) == 0:
         raise ReplyError(FailureCode.NO_DATA, "no test examples")

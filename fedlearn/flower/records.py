@@ -215,5 +215,18 @@ def _read_error(error: Error, client: int, download_bytes: int) -> Failure:
 
 
 def size_bytes(content: RecordDict) -> int:
-    """Return the bytes of a message's records."""
-    return sum(record.count_bytes() for record in content.values())
+    """Return the bytes of a message's records, whatever is in them: it is asked before anything else is checked."""
+    return sum(_record_bytes(record) for record in content.values())
+
+
+def _record_bytes(record: ArrayRecord | MetricRecord | ConfigRecord) -> int:
+    """Return the bytes of a record; Flower's own count raises at an empty text, empty bytes and an empty list."""
+    if not isinstance(record, ConfigRecord):
+        return record.count_bytes()
+    names = sum(len(name) for name, value in record.items() if not _is_counted(value))
+    return names + ConfigRecord({name: value for name, value in record.items() if _is_counted(value)}).count_bytes()
+
+
+def _is_counted(value: object) -> bool:
+    """Return whether Flower counts a value's bytes."""
+    return not isinstance(value, str | bytes | list) or bool(value)

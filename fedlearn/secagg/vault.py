@@ -92,9 +92,10 @@ class FileVault:
         """Note that the device takes part in a session."""
         with self._writing():
             seen = self._folder / "seen"
-            seen.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # of its parents' mode mkdir takes no care
+            seen.mkdir(mode=0o700, exist_ok=True)
             if most is not None:
-                _check(False, sum(1 for _ in seen.iterdir()), most)
+                _check((seen / session.hex()).exists(), sum(1 for _ in seen.iterdir()), most)
             try:
                 os.close(os.open(seen / session.hex(), os.O_CREAT | os.O_EXCL, 0o600))
             except FileExistsError:

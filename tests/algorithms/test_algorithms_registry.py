@@ -54,7 +54,7 @@ def test_numbers_reach_the_algorithm():
 
 @pytest.mark.parametrize("name", ["krum", "Krum", "median", "multi_krum", "multikrum", "trimmed-mean", "bulyan"])
 def test_a_rule_that_compares_single_updates_is_refused_with_the_reason(name):
-    with pytest.raises(ConfigError, match="compares single updates.*sees no single one.*fedavg") as caught:
+    with pytest.raises(ConfigError, match=r"compares single updates.*sees no single one.*fedavg") as caught:
         _build(name)
     assert caught.value.key == "training.algorithm"
 

@@ -521,8 +521,8 @@ def test_what_a_client_keeps_it_finds_again_and_nobody_else_does(start, workers)
 class DropsTwo:
     """Nodes of client 1 never answer."""
 
-    def drops(self, group: str, client: int) -> bool:
-        assert group == "1.1"
+    def drops(self, group: str, client: int, kind: str) -> bool:
+        assert (group, kind) == ("1.1", "train")
         return client == 1
 
 

@@ -622,13 +622,10 @@ def test_hazard_opacus_gdp_accountant_under_reports() -> None:
 
 
 def test_hazard_the_rounding_of_fourier_transforms_hides_a_tiny_delta() -> None:
-    # Everybody but one in 10¹² is drawn, so the closed form is the answer; dp_accounting's PLD falls below it.
+    # Everybody but one in 10¹² is drawn, so the closed form is the answer. How dp_accounting's PLD rounds depends on
+    # the processor: on some it was 2 % below that, on others half a percent above.
     noise, steps, delta = 300.0, 100_000, 1e-12
-    event = PoissonSampledDpEvent(1 - 1e-12, GaussianDpEvent(noise))
-    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, 1e-4)
-    theirs = accountant.compose(event, steps).get_epsilon(delta)
     true = exact(noise / math.sqrt(steps), delta)
-    assert theirs < 0.99 * true
     assert epsilon([gaussian(noise, rate=1 - 1e-12, steps=steps)], delta) >= true
 
 

@@ -97,10 +97,10 @@ def test_clients_that_are_dropped_are_the_same_ones_each_time_and_the_run_goes_o
 def test_faults_are_drawn_as_often_as_asked_and_never_when_a_node_says_who_it_is():
     config = RunConfig.from_mapping({"faults": {"drop": 0.3}}).faults
     faults = SeededFaults(config, SeedTree.root(0))
-    drawn = [faults.drops(f"{number}.1", client) for number in range(50) for client in range(40)]
+    drawn = [faults.drops(f"{number}.1", client, "train") for number in range(50) for client in range(40)]
     assert np.mean(drawn) == pytest.approx(0.3, abs=0.04)
-    assert not any(faults.drops("identify", client) for client in range(100))
-    assert faults.drops("7.1", 3) == SeededFaults(config, SeedTree.root(0)).drops("7.1", 3)
+    assert not any(faults.drops("identify", client, "query.identify") for client in range(100))
+    assert faults.drops("7.1", 3, "train") == SeededFaults(config, SeedTree.root(0)).drops("7.1", 3, "train")
 
 
 RAISING = """
