@@ -81,8 +81,8 @@ def _find(name: str) -> type[Algorithm]:
         return load_class(name, Algorithm, kind="algorithm")  # type: ignore[type-abstract]
     if name.lower().replace("_", "").replace("-", "") in _OF_SINGLE_UPDATES:
         reason = (
-            f"{name!r} compares single updates with each other. An algorithm is only given their mean, and under secure "
-            "aggregation the server sees no single one; use one that needs the mean alone"
+            f"{name!r} compares single updates with each other. An algorithm is only given their mean, and under "
+            "secure aggregation the server sees no single one; use one that needs the mean alone"
         )
         raise ConfigError("training.algorithm", f"{reason}: {', '.join(ALGORITHMS)}")
     reason = f"there is no algorithm {name!r}. Built in: {', '.join(ALGORITHMS)}. Your own: path/to/file.py."
