@@ -253,6 +253,14 @@ def _command(verb: str, folder: RunFolder) -> str:
 # -- the result --------------------------------------------------------------------------------------------------
 
 
+_SEEN = {
+    "off": "every client's update",
+    "ideal": "every client's encoded update: secagg.mode = ideal is for simulations and masks nothing",
+    "semi-honest": "the sum of a round's updates, if it keeps to the protocol (secagg.mode = semi-honest)",
+    "active": "the sum of a round's updates, and no single one (secagg.mode = active)",
+}
+
+
 def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     """Write the table of a finished run, and what to do next."""
     from fedlearn.cli.promise import promise_rows
@@ -260,6 +268,7 @@ def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
 
     measured, lines = _measured(folder, summary), folder.metrics()
     rows = [*measured, *_costs(folder, summary), *_failed(folder, lines)]
+    rows.append(("server saw", _SEEN[folder.config.secagg.mode]))
     rows += promise_rows(summary["privacy"], summary["rounds"])
     rows.append(("files", f"{folder.path}{'/' if str(folder.path)[-1:] != '/' else ''}"))
     stdout = console()
@@ -273,6 +282,8 @@ def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     if summary["privacy"]["unit"] != "none":
         verb = "privacy epsilon" if summary["privacy"]["unit"] == "example" else "privacy show"
         commands.append(_command(verb, folder))
+    if folder.config.secagg.mode != "off":
+        commands.append(_command("secagg inspect", folder))
     for command in commands:
         stdout.print(f"  {command}", soft_wrap=True)
 

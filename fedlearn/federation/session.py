@@ -179,6 +179,8 @@ class SecureAggregation:
         }
         complaints = [str(complaint) for complaint in total.complaints]
         self._write(tally, plan, offer, record, session.counts, session=session, complaints=complaints)
+        for client in total.survivors:  # who was lost later is in the sum all the same
+            tally.failures.pop(client, None)
 
     def _leg(
         self,

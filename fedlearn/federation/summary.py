@@ -56,6 +56,7 @@ def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, An
         "config_sha256": config.sha256(),
         "seed": config.seed,
         "privacy": _privacy(folder),
+        "secagg": {"mode": config.secagg.mode},
         "versions": versions(),
     }
     folder.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())
