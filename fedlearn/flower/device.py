@@ -28,7 +28,7 @@ from fedlearn.secagg.vault import FileVault, Vault
 
 __all__ = ["SecaggDevice", "masks_only", "secagg_device"]
 
-_SIMULATED = ClientPolicy(longest_s=float("inf"))
+_SIMULATED = ClientPolicy(longest_s=float("inf"), least_colluding=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

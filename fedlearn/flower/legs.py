@@ -23,7 +23,7 @@ from fedlearn.privacy.clipping import ClippedUpdate
 from fedlearn.privacy.noise import Noise
 from fedlearn.secagg.client import ClientSession
 from fedlearn.secagg.encoding import EncodedUpdate
-from fedlearn.secagg.errors import PolicyViolationError, StageError
+from fedlearn.secagg.errors import DeadlineError, PolicyViolationError, StageError
 from fedlearn.secagg.messages import Offer
 
 __all__ = ["Learned", "advertise", "answer", "encoded", "forget", "ideal", "mask", "refuse_unmasked"]
@@ -126,7 +126,12 @@ def _resume(device: SecaggDevice, context: Context) -> ClientSession:
     if not isinstance(session, bytes) or not isinstance(blob, bytes):
         raise StageError("this client is in no session")
     del context.state[_STATE]
-    return ClientSession.from_bytes(device.vault.open(session, blob), identity=device.identity)
+    opened = ClientSession.from_bytes(device.vault.open(session, blob), identity=device.identity)
+    deadline_s = opened.offer.deadline_s
+    if device.now_s(deadline_s) >= deadline_s:
+        opened.end()
+        raise DeadlineError("the round's deadline has passed by this device's clock")
+    return opened
 
 
 def _keep(session: ClientSession, device: SecaggDevice, context: Context) -> None:

@@ -17,6 +17,7 @@ from fedlearn.secagg.allow_list import AllowList
 from fedlearn.secagg.derivation import (
     associated_data,
     check_advertisement,
+    listed,
     pair_mask_key,
     roster_hash,
     seed_commitment,
@@ -52,7 +53,7 @@ from fedlearn.secagg.errors import (
     VectorLengthError,
 )
 from fedlearn.secagg.graph import SEED_BYTES, Graph, ring_permutation
-from fedlearn.secagg.keys import KEY_BYTES, SigningKey, agreement_key, open_sealed, seal, tagged_hash, verify
+from fedlearn.secagg.keys import KEY_BYTES, AgreementKey, SigningKey, open_sealed, seal, tagged_hash, verify
 from fedlearn.secagg.merkle import MerkleTree, root_of
 from fedlearn.secagg.messages import (
     LARGEST_WHOLE_ROSTER,
@@ -89,11 +90,13 @@ class _Secrets:
     encryption: bytes = b""
     mask: bytes = b""
     seed: bytes = b""
+    receiving: dict[int, bytes] = field(default_factory=dict)  # neighbour to the key under which its shares come
     held: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)  # owner to its shares (of the key, of the seed)
 
     def wipe(self) -> None:
         """Let go of everything. (Python frees the memory when it likes; the disk is the vault's to clear.)"""
         self.encryption = self.mask = self.seed = b""
+        self.receiving.clear()
         self.held.clear()
 
 
@@ -108,6 +111,7 @@ class ClientSession:
 
     def __init__(self, offer: Offer, identity: SigningKey, random: SecureRandom) -> None:
         self.offer = offer
+        self._offer_hash = offer.hash
         self._identity, self._random = identity, random
         self._stage = "advertised"
         self._secrets = _Secrets()
@@ -166,9 +170,9 @@ class ClientSession:
         secrets.encryption, secrets.mask, secrets.seed = (random.token_bytes(KEY_BYTES) for _ in range(3))
         mine = Advertisement(
             device=self._identity.public,
-            offer_hash=self.offer.hash,
-            encryption_key=agreement_key(secrets.encryption),
-            mask_key=agreement_key(secrets.mask),
+            offer_hash=self._offer_hash,
+            encryption_key=AgreementKey(secrets.encryption).public,
+            mask_key=AgreementKey(secrets.mask).public,
             nonce=random.token_bytes(KEY_BYTES),
         ).signed(self._identity)
         self._own = mine.entry
@@ -200,7 +204,7 @@ class ClientSession:
             raise RosterTamperedError("this client's own entry is missing, twice there, or not what it sent")
         self._check_root(roster)
         self._index = mine[0]
-        self._roster_hash = roster_hash(offer.hash, roster.clients, roster.root)
+        self._roster_hash = roster_hash(self._offer_hash, roster.clients, roster.root)
         self._topology = Topology.of(offer, roster.clients, self._roster_hash)
         if (roster.degree, roster.threshold) != (self._topology.degree, self._topology.threshold):
             raise GraphError(
@@ -208,13 +212,11 @@ class ClientSession:
                 f"{self._topology.degree} and {self._topology.threshold} follow from the roster"
             )
         neighbours = self._topology.neighbours(self._index)
-        if not set(neighbours) <= set(entries):
-            raise GraphError("not all neighbours are in the roster")
-        if not roster.whole and set(entries) != {*neighbours, self._index}:
-            raise GraphError("others than the neighbours are in the roster")
+        if not roster.whole and set(entries) != set(listed(self._topology, self._index)):
+            raise GraphError("the roster has others than the neighbours and those before them")
         self._check_devices(entries, allow_list)
         for index in neighbours:
-            check_advertisement(entries[index], offer, allow_list, who=f"client {index}")
+            check_advertisement(entries[index], self._offer_hash, allow_list, who=f"client {index}")
         self._peers = {index: entries[index] for index in (*neighbours, self._index)}
 
     def _check_root(self, roster: Roster) -> None:
@@ -232,7 +234,10 @@ class ClientSession:
     def _check_devices(self, entries: Mapping[int, Advertisement], allow_list: AllowList) -> None:
         """Raise unless every entry is one known device's, with keys of its own, for this offer.
 
-        Signatures are checked of the neighbours alone: nobody else's keys are used.
+        Signatures are checked of the neighbours alone: nobody else's keys are used. Devices are in ascending order, so
+        that none has two seats. Where the roster is not whole that shows at the neighbours' seats, each beside the one
+        before it: every second seat of a device costs the server a place where the order is broken, and of those a
+        client finds each with probability k/n, by a graph that nobody knew before the order was fixed.
         """
         last, keys = b"", set[bytes]()
         for index in sorted(entries):
@@ -244,7 +249,7 @@ class ClientSession:
             if {entry.encryption_key, entry.mask_key} & keys or entry.encryption_key == entry.mask_key:
                 raise DuplicateKeyError(f"client {index}: a key is in the roster twice")
             keys |= {entry.encryption_key, entry.mask_key}
-            if entry.offer_hash != self.offer.hash:
+            if entry.offer_hash != self._offer_hash:
                 raise ParamsMismatchError(f"client {index}: it advertised for another offer")
             if entry.device not in allow_list:
                 raise UnknownDeviceError(f"client {index}: its device is not on the allow-list")
@@ -256,29 +261,25 @@ class ClientSession:
         points = [holder + 1 for holder in holders]
         of_key = split(secrets.mask, topology.threshold, points, self._random)
         of_seed = split(secrets.seed, topology.threshold, points, self._random)
-        commitment = seed_commitment(secrets.seed)
-        ciphertexts = {}
+        commitment, ciphertexts = seed_commitment(secrets.seed), dict[int, bytes]()
+        own = AgreementKey(secrets.encryption)
+        secrets.encryption = b""  # each neighbour's key is derived now, in both directions
         for holder, key_share, seed_share in zip(holders, of_key, of_seed, strict=True):
             pair = share_to_bytes(key_share), share_to_bytes(seed_share)
             if holder == self._index:  # on the complete graph a client holds a share of its own seed
                 secrets.held[holder] = pair
                 continue
-            key = self._pair_key(holder, sending=True)
+            shared = own.agree(self._peers[holder].encryption_key)
+            if shared is None:
+                raise BadAdvertisementError(f"client {holder}: its encryption key is a point of small order")
+            secrets.receiving[holder] = share_key(shared, self._roster_hash, holder, self._index)
             bound = associated_data(self._roster_hash, self._index, holder, commitment)
-            ciphertexts[holder] = seal(key, b"".join(pair), bound)
+            sending = share_key(shared, self._roster_hash, self._index, holder)
+            ciphertexts[holder] = seal(sending, b"".join(pair), bound)
         header = ShareHeader(
             owner=self._index, commitment=commitment, ciphertexts_sha256=ShareKeys.hash_of(ciphertexts)
         ).signed(self._roster_hash, self._identity)
         return ShareKeys(header=header, ciphertexts=ciphertexts).message()
-
-    def _pair_key(self, peer: int, *, sending: bool) -> bytes:
-        """Return the key under which shares go to, or come from, a neighbour; each direction has its own."""
-        sender, receiver = (self._index, peer) if sending else (peer, self._index)
-        theirs = self._peers[peer].encryption_key
-        key = share_key(self._secrets.encryption, theirs, self._roster_hash, sender, receiver)
-        if key is None:
-            raise BadAdvertisementError(f"client {peer}: its encryption key is a point of small order")
-        return key
 
     # -- legs 4 and 5 ------------------------------------------------------------------------------------------
 
@@ -309,6 +310,7 @@ class ClientSession:
                 )
             for owner, (header, ciphertext) in parsed.shares.items():
                 self._secrets.held[owner] = self._opened(header, ciphertext)
+            self._secrets.receiving.clear()
             self._sharers = tuple(parsed.sharers)
 
     def _opened(self, header: ShareHeader, ciphertext: bytes) -> tuple[bytes, bytes]:
@@ -317,7 +319,7 @@ class ClientSession:
         if not verify(self._peers[owner].device, header.signature, header.digest(self._roster_hash)):
             raise BadShareSignatureError(f"client {owner} did not sign the header of its shares")
         bound = associated_data(self._roster_hash, owner, self._index, header.commitment)
-        pair = open_sealed(self._pair_key(owner, sending=False), ciphertext, bound)
+        pair = open_sealed(self._secrets.receiving[owner], ciphertext, bound)
         if pair is None:
             raise ShareDecryptError(f"the shares of client {owner} do not decrypt")
         try:
@@ -333,7 +335,7 @@ class ClientSession:
         Raises:
             ModelHashMismatchError: it is another.
         """
-        with self._leg("ready", "ready"):
+        with self._leg("ready", "checked"):
             if not hmac.compare_digest(sha256, self.offer.model_sha256):
                 raise ModelHashMismatchError("the model that came is not the one whose hash the server signed")
 
@@ -346,7 +348,7 @@ class ClientSession:
         """
         if not isinstance(update, EncodedUpdate):
             raise TypeError(f"only an EncodedUpdate can be masked, got {type(update).__name__}; encode it first")
-        with self._leg("ready", "masked"):
+        with self._leg("checked", "masked"):
             if update.encoding != self.offer.encoding:
                 raise PolicyViolationError("the update was encoded otherwise than the offer says")
             if update.words.shape != (self.offer.encoding.words,):
@@ -354,7 +356,7 @@ class ClientSession:
             masked = update.words.astype("<u8", copy=True)
             plus, minus = self._mask_keys()
             add_masks(masked, plus=plus, minus=minus, suite=self.offer.suite, threads=threads)
-            self._secrets.encryption = self._secrets.mask = self._secrets.seed = b""
+            self._secrets.mask = self._secrets.seed = b""
             vector = masked.data.cast("B")
             shared = sharers_hash(self._roster_hash, self._topology.clients, self._sharers)
             hashed = tagged_hash("vector", vector)
@@ -364,8 +366,9 @@ class ClientSession:
     def _mask_keys(self) -> tuple[list[bytes], list[bytes]]:
         """Return the keys of the masks that are added, and of those that are taken away."""
         plus, minus = [self_mask_key(self._secrets.seed, self._roster_hash, self._index)], list[bytes]()
+        own = AgreementKey(self._secrets.mask)
         for peer in sorted(set(self._sharers) & set(self._topology.neighbours(self._index))):
-            key = pair_mask_key(self._secrets.mask, self._peers[peer].mask_key, self._roster_hash, self._index, peer)
+            key = pair_mask_key(own, self._peers[peer].mask_key, self._roster_hash, self._index, peer)
             if key is None:
                 raise BadAdvertisementError(f"client {peer}: its mask key is a point of small order")
             (plus if peer > self._index else minus).append(key)
@@ -442,7 +445,7 @@ class ClientSession:
 
     @property
     def stage(self) -> str:
-        """``advertised``, ``shared``, ``ready``, ``masked``, ``confirmed``, ``spent`` or ``ended`` (by an error)."""
+        """``advertised``, ``shared``, ``ready``, ``checked``, ``masked``, ``confirmed``, ``spent``, or ``ended``."""
         return self._stage
 
     def to_bytes(self) -> bytes:
@@ -459,6 +462,7 @@ class ClientSession:
             "sharers": list(self._sharers),
             "survivors": list(self._survivors),
             "secrets": [secrets.encryption.hex(), secrets.mask.hex(), secrets.seed.hex()],
+            "receiving": {str(peer): key.hex() for peer, key in secrets.receiving.items()},
             "held": {str(owner): [share.hex() for share in pair] for owner, pair in secrets.held.items()},
         }
         return json.dumps(state).encode()
@@ -477,7 +481,8 @@ class ClientSession:
         session._sharers, session._survivors = tuple(table["sharers"]), tuple(table["survivors"])
         encryption, mask, seed = (bytes.fromhex(each) for each in table["secrets"])
         held = {int(owner): (bytes.fromhex(a), bytes.fromhex(b)) for owner, (a, b) in table["held"].items()}
-        session._secrets = _Secrets(encryption=encryption, mask=mask, seed=seed, held=held)
+        receiving = {int(peer): bytes.fromhex(key) for peer, key in table["receiving"].items()}
+        session._secrets = _Secrets(encryption=encryption, mask=mask, seed=seed, receiving=receiving, held=held)
         return session
 
     def end(self) -> None:

@@ -50,14 +50,15 @@ class LegBytes:
 def leg_bytes(offer: Offer) -> list[LegBytes]:
     """Return the legs of a session in which everybody who is invited answers, to the byte.
 
-    Above 1,000 clients the roster's paths have up to one hash more or less than is counted here.
+    Above 1,000 clients it is a little more than that: a roster lists a client's neighbours and those before them, of
+    which some are the same, by paths that may have one hash less than the longest.
     """
     n = offer.cohort
     graph = choose_graph(n, colluding=offer.colluding, dropping=offer.dropping, active=offer.mode == "active")
     degree, threshold = graph.k, graph.threshold
     header = ShareHeader(owner=0, commitment=_HASH, ciphertexts_sha256=_HASH)
     holding = degree + graph.complete
-    listed = n if n <= LARGEST_WHOLE_ROSTER else degree + 1
+    listed = n if n <= LARGEST_WHOLE_ROSTER else min(n, 2 * (degree + 1))
     path = () if listed == n else MerkleTree([_HASH] * n).path(0)
     roster = Roster(
         clients=n,

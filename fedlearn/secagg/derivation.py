@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from fedlearn.secagg.allow_list import AllowList
 from fedlearn.secagg.errors import BadAdvertisementError, ParamsMismatchError, UnknownDeviceError
-from fedlearn.secagg.keys import agree, derive, tagged_hash
-from fedlearn.secagg.messages import Advertisement, Offer
+from fedlearn.secagg.keys import AgreementKey, derive, tagged_hash
+from fedlearn.secagg.messages import Advertisement
+from fedlearn.secagg.topology import Topology
 from fedlearn.secagg.wire import bitmap
 
 __all__ = [
     "associated_data",
     "check_advertisement",
+    "listed",
     "pair_mask_key",
     "roster_hash",
     "seed_commitment",
@@ -27,6 +29,12 @@ def roster_hash(offer_hash: bytes, clients: int, root: bytes) -> bytes:
     return tagged_hash("roster", offer_hash, _number(clients), root)
 
 
+def listed(topology: Topology, index: int) -> Sequence[int]:
+    """Return whose entries a client is sent of a large roster: its neighbours', its own, and each one's before it."""
+    seats = {*topology.neighbours(index), index}
+    return sorted(seats | {seat - 1 for seat in seats if seat})
+
+
 def sharers_hash(roster: bytes, clients: int, sharers: Sequence[int]) -> bytes:
     """Return the hash of U2 in this session."""
     return tagged_hash("sharers", roster, bitmap(sharers, clients))
@@ -37,16 +45,15 @@ def seed_commitment(seed: bytes) -> bytes:
     return tagged_hash("seed", seed)
 
 
-def share_key(private: bytes, public: bytes, roster: bytes, sender: int, receiver: int) -> bytes | None:
-    """Return the key under which ``sender`` encrypts shares for ``receiver``; ``None``: a point of small order."""
-    shared = agree(private, public)
+def share_key(shared: bytes, roster: bytes, sender: int, receiver: int) -> bytes:
+    """Return the key under which ``sender`` encrypts shares for ``receiver``, from the secret the two agreed on."""
     info = b"fedlearn.secagg/1/share-key" + _number(sender) + _number(receiver)
-    return None if shared is None else derive(shared, salt=roster, info=info)
+    return derive(shared, salt=roster, info=info)
 
 
-def pair_mask_key(private: bytes, public: bytes, roster: bytes, one: int, other: int) -> bytes | None:
+def pair_mask_key(key: AgreementKey, public: bytes, roster: bytes, one: int, other: int) -> bytes | None:
     """Return the key of the mask that two clients share; ``None``: a point of small order."""
-    shared = agree(private, public)
+    shared = key.agree(public)
     info = b"fedlearn.secagg/1/pair-mask" + _number(min(one, other)) + _number(max(one, other))
     return None if shared is None else derive(shared, salt=roster, info=info)
 
@@ -61,13 +68,13 @@ def associated_data(roster: bytes, sender: int, receiver: int, commitment: bytes
     return tagged_hash("share", roster, _number(sender), _number(receiver), commitment)
 
 
-def check_advertisement(entry: Advertisement, offer: Offer, allow_list: AllowList, *, who: str) -> None:
+def check_advertisement(entry: Advertisement, offer_hash: bytes, allow_list: AllowList, *, who: str) -> None:
     """Raise unless a known device signed this advertisement for this offer.
 
     Raises:
         ParamsMismatchError, UnknownDeviceError, BadAdvertisementError: as their docstrings say.
     """
-    if entry.offer_hash != offer.hash:
+    if entry.offer_hash != offer_hash:
         raise ParamsMismatchError(f"{who}: it advertised for another offer")
     if entry.device not in allow_list:
         raise UnknownDeviceError(f"{who}: the device {entry.device.hex()[:16]}… is not on the allow-list")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlearn.arrays import Vector
 from fedlearn.privacy.clipping import ClippedUpdate
 from fedlearn.privacy.noise import Keystream
 from fedlearn.privacy.skellam import LEAST_VARIANCE, sensitivity, skellam
@@ -31,6 +32,7 @@ _OVERFLOW = 1e-9
 _TRIES = 64
 """How often rounding is tried under the norm bound, of which each fails with 2^-20; then it is towards zero."""
 
+_TILE = 1 << 14
 _ROTATION_BYTES = 32
 _MOST_SIZE = 1 << 40
 _MOST_CLIENTS = 1 << 20
@@ -140,16 +142,14 @@ class Encoding:
                 f"an update of bound {update.bound_l2:g} and weight {weight} does not fit an encoding of "
                 f"{self.bound_l2:g} and {self.most_weight}"
             )
-        scaled = update.vector.astype(np.float64)
-        if self.rotation:
-            scaled = rotate(scaled, self.rotation)
-        scaled *= self.scale * weight / self.most_weight
+        vector = rotate(update.vector, self.rotation) if self.rotation else update.vector
+        factor = self.scale * weight / self.most_weight
         values = np.empty(self.dimension, dtype=np.int64)
         if self.noise_variance:
-            values[:] = _rounded_within(scaled, self.sensitivity[1], rounding)
+            values[:] = _rounded_within(vector, factor, self.sensitivity[1], rounding)
             values += skellam(noise, self.noise_variance, self.size)
         else:
-            values[: self.size] = _rounded(scaled, rounding)
+            values[: self.size] = _rounded(vector, factor, rounding)
             extra = [weight] * (self.most_weight > 1) + [int(not update.within)] * self.counts_clipped
             values[self.size :] = extra
         return EncodedUpdate(words=pack(values, self.bits), encoding=self)
@@ -302,21 +302,25 @@ def _noised_reach(clients: int, size: int, reach: float, noise_variance: float) 
     return k * math.sqrt(spread + clients / 4 + clients * noise_variance) + 1
 
 
-def _rounded(scaled: NDArray[np.float64], stream: Keystream) -> Integers:
-    """Return each entry rounded down or up, up with the probability of its fraction (to 2^-32)."""
-    drawn = stream.words(-(-scaled.size // 2)).view(np.uint32)[: scaled.size] * 2.0**-32
-    drawn += scaled
-    np.floor(drawn, out=drawn)
-    return drawn.astype(np.int64)
+def _rounded(vector: Vector, factor: float, stream: Keystream) -> Integers:
+    """Return each entry times ``factor``, rounded down or up, up with the probability of its fraction (to 2^-32)."""
+    values: Integers = np.empty(vector.size, dtype=np.int64)
+    for start in range(0, vector.size, _TILE):  # tiles stay in the processor's cache, and use whole words of the stream
+        part = vector[start : start + _TILE].astype(np.float64)
+        part *= factor
+        part += stream.words(-(-part.size // 2)).view(np.uint32)[: part.size] * 2.0**-32
+        values[start : start + _TILE] = np.floor(part, out=part)
+    return values
 
 
-def _rounded_within(scaled: NDArray[np.float64], bound: float, stream: Keystream) -> Integers:
-    """Return the entries rounded at random, given that the result's norm is at most ``bound``."""
+def _rounded_within(vector: Vector, factor: float, bound: float, stream: Keystream) -> Integers:
+    """Return the entries times ``factor``, rounded at random, given that the result's norm is at most ``bound``."""
     for _ in range(_TRIES):
-        values = _rounded(scaled, stream)
+        values = _rounded(vector, factor, stream)
         if _norm(values) <= bound:
             return values
-    return np.trunc(scaled).astype(np.int64)  # no longer than what was rounded, and so within the bound
+    towards_zero: Integers = np.trunc(vector * factor).astype(np.int64)  # no longer than what was to be rounded
+    return towards_zero
 
 
 def _norm(values: Integers) -> float:

@@ -6,6 +6,7 @@ Every hash and every signature begins with a tag, so that no value made for one 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
@@ -15,16 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedlearn.errors import MissingError, UsageError
-from fedlearn.files import write_atomic
+from fedlearn.errors import MissingError, RunFailedError, UsageError
 from fedlearn.sources import SecureRandom
 
 __all__ = [
     "KEY_BYTES",
     "SIGNATURE_BYTES",
+    "AgreementKey",
     "SigningKey",
-    "agree",
-    "agreement_key",
     "derive",
     "open_sealed",
     "seal",
@@ -90,10 +89,17 @@ class SigningKey:
             UsageError: the file exists; no key is ever overwritten.
             RunFailedError: it cannot be written.
         """
-        if path.exists():
-            raise UsageError(f"{path} exists; a key is never overwritten. Name another file")
         encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-        write_atomic(path, self._key.private_bytes(encoding, form, serialization.NoEncryption()), secret=True)
+        data = self._key.private_bytes(encoding, form, serialization.NoEncryption())
+        try:
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError as error:
+            raise UsageError(f"{path} exists; a key is never overwritten. Name another file") from error
+        except OSError as error:
+            raise RunFailedError(f"cannot write {path}: {error.strerror}; check the folder, and free space") from error
 
     def sign(self, message: bytes) -> bytes:
         """Return the signature, 64 bytes."""
@@ -109,17 +115,27 @@ def verify(public: bytes, signature: bytes, message: bytes) -> bool:
     return True
 
 
-def agreement_key(private: bytes) -> bytes:
-    """Return the public X25519 key of a private one."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+class AgreementKey:
+    """An X25519 private key, read once: that takes as long as agreeing with it.
 
+    Args:
+        private: its 32 bytes (RFC 7748).
+    """
 
-def agree(private: bytes, public: bytes) -> bytes | None:
-    """Return the X25519 secret of a private key and another's public one; ``None`` for a point of small order."""
-    try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
-        return None
+    def __init__(self, private: bytes) -> None:
+        self._key = X25519PrivateKey.from_private_bytes(private)
+
+    @property
+    def public(self) -> bytes:
+        """The public key, 32 bytes."""
+        return self._key.public_key().public_bytes_raw()
+
+    def agree(self, public: bytes) -> bytes | None:
+        """Return the secret shared with the owner of ``public``; ``None`` for a point of small order."""
+        try:
+            return self._key.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError:
+            return None
 
 
 def derive(secret: bytes, *, salt: bytes, info: bytes, length: int = KEY_BYTES) -> bytes:

@@ -28,7 +28,7 @@ class ClientPolicy:
         least_cohort: clients that must take part, at least 3.
         least_survivors: vectors that must be in a sum.
         least_honest: survivors that are left when all that may collude did: at least 2, or the sum is one's own.
-        least_colluding: γ that must be provided for at least.
+        least_colluding: γ that must be provided for at least: below it, a sparse graph keeps nobody's colluders out.
         least_noise_multiplier: σ/Δ₂ of the noise in the sum that honest survivors' shares make up at least.
         longest_s: how far away a deadline may lie, in seconds.
         most_sessions: how often the device takes part at all; ``None``: as often as it is asked.
@@ -39,7 +39,7 @@ class ClientPolicy:
     least_cohort: int = _LEAST_COHORT
     least_survivors: int = _LEAST_COHORT
     least_honest: int = 2
-    least_colluding: float = 0.0
+    least_colluding: float = 0.1
     least_noise_multiplier: float = 0.0
     longest_s: float = 86_400.0
     most_sessions: int | None = None

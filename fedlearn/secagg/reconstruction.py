@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedlearn.secagg.derivation import seed_commitment
 from fedlearn.secagg.errors import ShareReconstructionError
-from fedlearn.secagg.keys import agreement_key
+from fedlearn.secagg.keys import AgreementKey
 from fedlearn.secagg.members import Member
 from fedlearn.secagg.shamir import PRIME, combine, lagrange_at_zero, share_from_bytes
 from fedlearn.secagg.topology import Topology
@@ -41,7 +41,7 @@ class Reconstruction:
     def mask_key(self, owner: int) -> bytes:
         """Return the private mask key of a client that was lost."""
         public = self._members[owner].advertisement.mask_key
-        return self._secret(owner, lambda secret: agreement_key(secret) == public)
+        return self._secret(owner, lambda secret: AgreementKey(secret).public == public)
 
     def _secret(self, owner: int, is_right: Callable[[bytes], bool]) -> bytes:
         """Return the secret that ``is_right``, from whichever t shares give it."""

@@ -16,6 +16,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from fedlearn.arrays import Vector
+
 __all__ = ["block_size", "rotate", "rotate_back"]
 
 Floats = NDArray[np.float64]
@@ -29,7 +31,7 @@ def block_size(size: int) -> int:
     return min(_LARGEST_BLOCK, 1 << (size.bit_length() - 1)) if size else 1
 
 
-def rotate(vector: Floats, seed: bytes) -> Floats:
+def rotate(vector: Vector, seed: bytes) -> Floats:
     """Return the rotated vector, shape (d,).
 
     Guarantees: linear and, to rounding, orthogonal; with the signs taken as random, each coordinate is sub-Gaussian

@@ -17,6 +17,7 @@ import numpy as np
 from fedlearn.secagg.allow_list import AllowList
 from fedlearn.secagg.derivation import (
     check_advertisement,
+    listed,
     pair_mask_key,
     roster_hash,
     self_mask_key,
@@ -36,7 +37,7 @@ from fedlearn.secagg.errors import (
     StageError,
     SurvivorInconsistencyError,
 )
-from fedlearn.secagg.keys import SigningKey, tagged_hash, verify
+from fedlearn.secagg.keys import AgreementKey, SigningKey, tagged_hash, verify
 from fedlearn.secagg.members import Member, kept_member, restored_member
 from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import (
@@ -105,10 +106,12 @@ class ServerSession:
     ) -> None:
         self.offer = offer.signed(key)
         self.phase = "advertise"
+        self._offer_hash = self.offer.hash
         self.counts: dict[str, int] = {}
         self._key, self._allow_list, self._threads, self._watch = key, allow_list, threads, watch
         self._invited: set[int] = set()
         self._advertised: dict[int, Advertisement] = {}
+        self._taken: set[bytes] = set()  # devices and keys that are some client's
         self._members: list[Member] = []
         self._index_of: dict[int, int] = {}
         self._roster_hash = b""
@@ -162,12 +165,13 @@ class ServerSession:
         if address not in self._invited or address in self._advertised:
             raise StageError(f"address {address} was not invited, or has advertised already")
         entry = Advertisement.read(data)
-        check_advertisement(entry, self.offer, self._allow_list, who=f"address {address}")
-        if any(entry.device == other.device for other in self._advertised.values()):
+        check_advertisement(entry, self._offer_hash, self._allow_list, who=f"address {address}")
+        keys = {entry.encryption_key, entry.mask_key}
+        if entry.device in self._taken:
             raise DuplicateDeviceError(f"address {address}: the device takes part already, from another address")
-        taken = {key for other in self._advertised.values() for key in (other.encryption_key, other.mask_key)}
-        if {entry.encryption_key, entry.mask_key} & taken or entry.encryption_key == entry.mask_key:
+        if keys & self._taken or len(keys) < 2:
             raise DuplicateKeyError(f"address {address}: its key is another's")
+        self._taken |= {entry.device, *keys}
         self._advertised[address] = entry
 
     def _take_shares(self, index: int, member: Member, data: bytes) -> None:
@@ -269,7 +273,7 @@ class ServerSession:
             whole = self._roster(range(clients), tree, paths=False).message()
             return {member.address: whole for member in self._members}
         return {
-            member.address: self._roster(sorted((*self.topology.neighbours(index), index)), tree, paths=True).message()
+            member.address: self._roster(listed(self.topology, index), tree, paths=True).message()
             for index, member in enumerate(self._members)
         }
 
@@ -383,6 +387,8 @@ class ServerSession:
         session._advertised = {
             int(at): Advertisement.of_entry(bytes.fromhex(e)) for at, e in table["advertised"].items()
         }
+        for entry in session._advertised.values():
+            session._taken |= {entry.device, entry.encryption_key, entry.mask_key}
         session._members = [restored_member(each) for each in table["members"]]
         session._index_of = {member.address: index for index, member in enumerate(session._members)}
         session._roster_hash = bytes.fromhex(table["roster"])
@@ -455,7 +461,7 @@ class ServerSession:
             left = [each for each in self.topology.neighbours(lost) if each in survived]
             if not left:
                 continue
-            private = secrets.mask_key(lost)
+            private = AgreementKey(secrets.mask_key(lost))
             for index in left:
                 public = self._members[index].advertisement.mask_key
                 key = pair_mask_key(private, public, self._roster_hash, index, lost)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,10 @@ from fedlearn.secagg.keys import KEY_BYTES, open_sealed, seal
 from fedlearn.sources import SecureRandom
 
 __all__ = ["FileVault", "MemoryVault", "Vault"]
+
+
+_TAKEN_S = 60.0
+_UNUSED_S = 86_400.0
 
 
 class Vault(Protocol):
@@ -77,8 +82,9 @@ class MemoryVault:
 class FileVault:
     """A vault in a folder that only the device's own user can read; processes may share it.
 
-    A key is overwritten and removed when it is used. What a flash disk or a copying file system keeps of it is beyond
-    a program's reach: put the folder on an encrypted disk, or in memory (``/run``).
+    A key is overwritten and removed when it is used; what a killed process left of one, when the device next takes part
+    (after a minute, or after a day where its session was not gone on with). What a flash disk or a copying file system
+    keeps of it is beyond a program's reach: put the folder on an encrypted disk, or in memory (``/run``).
 
     Args:
         folder: made when it is first needed.
@@ -91,6 +97,7 @@ class FileVault:
     def admit(self, session: bytes, *, most: int | None = None) -> None:
         """Note that the device takes part in a session."""
         with self._writing():
+            self._sweep()
             seen = self._folder / "seen"
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # of its parents' mode mkdir takes no care
             seen.mkdir(mode=0o700, exist_ok=True)
@@ -138,6 +145,16 @@ class FileVault:
             os.fsync(file.fileno())
         claimed.unlink()
         return key
+
+    def _sweep(self) -> None:
+        """Clear what a process that was killed left: a key half taken, or one of a session that nobody went on with."""
+        now_s = time.time()
+        for left, age_s in ((".*", _TAKEN_S), ("*.key", _UNUSED_S)):
+            for path in self._folder.glob(left):
+                with contextlib.suppress(OSError):  # another process was quicker
+                    if path.is_file() and now_s - path.stat().st_ctime > age_s:
+                        path.write_bytes(bytes(KEY_BYTES))
+                        path.unlink()
 
     @contextlib.contextmanager
     def _writing(self):  # type: ignore[no-untyped-def]

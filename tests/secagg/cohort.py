@@ -63,7 +63,7 @@ class Cohort:
     offered: Offer
     lost: Mapping[int, str] = field(default_factory=dict)
     tamper: Tamper = lambda leg, client, message: message
-    policy: ClientPolicy = field(default_factory=ClientPolicy)
+    policy: ClientPolicy = field(default_factory=lambda: ClientPolicy(least_colluding=0.0))
     threads: int = 1
 
     def __post_init__(self) -> None:

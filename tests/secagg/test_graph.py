@@ -132,8 +132,8 @@ def test_tails_agree_with_scipy():
 
 def test_the_share_of_clients_is_the_decimal_number_that_is_written():
     assert floor(0.29 * 100) == 28
-    assert graphs._counts(100, 0.29, 0.07) == (29, 7)
-    assert graphs._counts(1000, np.float64(0.1), 0) == (100, 0)
+    assert graphs.counts(100, 0.29, 0.07) == (29, 7)
+    assert graphs.counts(1000, np.float64(0.1), 0) == (100, 0)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ from fedlearn.secagg.errors import (
     RoundAbortedError,
     StageError,
 )
-from fedlearn.secagg.keys import agreement_key
+from fedlearn.secagg.keys import AgreementKey
 from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import MaskedInput, Roster, Survivors, Unmask
 from fedlearn.secagg.prg import add_masks
@@ -476,7 +476,13 @@ class TestSeeds:
             if (leg, client) == ("to-mask", VICTIM):  # what the server rebuilds when a client is lost
                 session = cohort.sessions[VICTIM]
                 for peer, entry in session._peers.items():
-                    pair = (session._secrets.mask, entry.mask_key, session._roster_hash, session._index, peer)
+                    pair = (
+                        AgreementKey(session._secrets.mask),
+                        entry.mask_key,
+                        session._roster_hash,
+                        session._index,
+                        peer,
+                    )
                     (plus if peer > session._index else minus).extend([pair_mask_key(*pair)] * (peer != session._index))
             if (leg, client) == ("from-mask", VICTIM):
                 late[client] = message
@@ -582,7 +588,7 @@ class TestKeySubstitution:
                 return message
             roster = Roster.read(message)
             index = next(at for at, entry in roster.entries.items() if entry.device != cohort.keys[client].public)
-            fake = replace(roster.entries[index], encryption_key=agreement_key(RANDOM.token_bytes(32)))
+            fake = replace(roster.entries[index], encryption_key=AgreementKey(RANDOM.token_bytes(32)).public)
             entries = {**roster.entries, index: fake}
             root = MerkleTree([entries[at].leaf for at in sorted(entries)]).root
             return replace(roster, entries=entries, root=root).message()
