@@ -105,6 +105,7 @@ class RunJournal:
         if self.plan is not None:
             self._say_resumed(state)
             self.ledger.append("round.release", release.to_body())
+            self._fits = None  # it may be one more than was planned: whether the rest still fits is asked anew
 
     def holds(self, state: RunState) -> bool:
         """Return whether the ledger has all of the state's lines: only then may anything of it leave."""

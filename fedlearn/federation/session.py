@@ -167,7 +167,7 @@ class SecureAggregation:
                     outgoing = session.advance()
             total = session.finish()
         except SecaggError:
-            self._abort(outgoing, plan, offer.session)
+            self._abort([client for client, leg in record.furthest.items() if leg], plan, offer.session)
             raise
         tally.respondents = len(total.survivors)
         tally.total = offer.encoding.decode(total.words)
@@ -222,9 +222,9 @@ class SecureAggregation:
             if leg in ("mask", "ideal"):
                 self.observer.replied(plan.round_number, done, len(requests))
 
-    def _abort(self, outgoing: Mapping[int, bytes], plan: RoundPlan, session: bytes) -> None:
-        """Tell the clients that are still there to let go of their secrets; whether they hear it does not matter."""
-        requests = [LegRequest(leg="abort", client=client, plan=plan, body=session) for client in sorted(outgoing)]
+    def _abort(self, clients: Sequence[int], plan: RoundPlan, session: bytes) -> None:
+        """Tell the clients that took part to let go of their secrets, which they do at the next offer anyway."""
+        requests = [LegRequest(leg="abort", client=client, plan=plan, body=session) for client in sorted(clients)]
         for _ in self.network.exchange_leg(requests, _ABORT_S):
             pass
 
