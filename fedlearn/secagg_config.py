@@ -23,8 +23,8 @@ class SecaggConfig:
 
     Attributes:
         mode: ``off``: it sees every update; ``semi-honest``: masks withstand a server that keeps to the protocol;
-            ``active``: one that lies, too; ``ideal``, for simulations: the same sum to the last bit, without masks. (What
-            it does not simulate: that a round is given up because too many are lost after they sent their vectors.)
+            ``active``: one that lies, too; ``ideal``, for simulations: the same sum to the last bit, without masks. (It
+            does not simulate that a round is given up because too many are lost after they sent their vectors.)
         bits: the width of a masked value: 21 (2.67 bytes), 16 for few clients or little precision, 32 for much.
         bound_l2: the norm to which an update is clipped, so that no sum of them can overflow; with noise that hides
             clients ``privacy.bound-l2`` takes its place. The clipped ones are counted: raise it if there are any.
