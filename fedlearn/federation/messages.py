@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Literal, Protocol, TypeAlias
@@ -105,6 +106,11 @@ class RoundPlan:
             "watched": self.watched,
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def sha256(self) -> bytes:
+        """The hash of what a client is asked to do, 32 bytes; where a simulation keeps its keys is no part of that."""
+        return hashlib.sha256(replace(self, identities="", watched=-1).to_json().encode()).digest()
 
     @classmethod
     def from_json(cls, text: str) -> RoundPlan:

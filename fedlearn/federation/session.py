@@ -279,6 +279,7 @@ class SecureAggregation:
             attempt=plan.attempt,
             session=self._random.token_bytes(32),
             model_sha256=model,
+            plan_sha256=plan.sha256,
             deadline_s=math.ceil(self.clock.unix_s() + lasts_s),
         )
 

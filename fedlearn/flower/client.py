@@ -176,9 +176,9 @@ def _advertise(message: Message, context: Context) -> RecordDict:
 
 def _answer(message: Message, context: Context) -> RecordDict:
     """Answer a leg that needs no model."""
-    body, plan, _, _ = _open_leg(message, context)
-    leg = message.metadata.message_type.partition(".")[2]
-    return leg_reply_records(legs.answer(leg, body, secagg_device(plan, context, _client_id(context)), context))
+    body, plan, site, _ = _open_leg(message, context)
+    leg, device = message.metadata.message_type.partition(".")[2], secagg_device(plan, context, _client_id(context))
+    return leg_reply_records(legs.answer(leg, body, plan, site.model.spec, device, context))
 
 
 def _mask(message: Message, context: Context) -> RecordDict:

@@ -37,7 +37,6 @@ Learned = tuple[ClippedUpdate, int]
 def advertise(body: bytes, plan: RoundPlan, spec: ParamSpec, device: SecaggDevice, context: Context) -> bytes:
     """Answer an offer; a session that was begun before and not ended is let go of."""
     _check_offer(Offer.read(body), plan, spec)
-    forget(device, context)
     session, reply = ClientSession.begin(
         body,
         identity=device.identity,
@@ -47,13 +46,15 @@ def advertise(body: bytes, plan: RoundPlan, spec: ParamSpec, device: SecaggDevic
         vault=device.vault,
         now_s=device.now_s(Offer.read(body).deadline_s),
     )
+    forget(device, context)
     _keep(session, device, context)
     return reply
 
 
-def answer(leg: str, body: bytes, device: SecaggDevice, context: Context) -> bytes:
+def answer(leg: str, body: bytes, plan: RoundPlan, spec: ParamSpec, device: SecaggDevice, context: Context) -> bytes:
     """Answer a leg that needs no model."""
     session = _resume(device, context)
+    _check_offer(session.offer, plan, spec)
     if leg == "share":
         reply = session.share_keys(body, allow_list=device.allow_list)
     elif leg == "consistent":
@@ -159,6 +160,7 @@ def _check_offer(offer: Offer, plan: RoundPlan, spec: ParamSpec) -> None:
         "vector's length": (encoding.size, spec.trainable_size if hides else spec.size),
         "clipping norm": (encoding.bound_l2, plan.bound_l2),
         "noise": (encoding.noise_variance > 0, hides),
+        "plan": (offer.plan_sha256.hex(), plan.sha256.hex()),  # the same for every client under this offer
     }
     for name, (offered, planned) in agreed.items():
         if offered != planned:

@@ -50,6 +50,7 @@ __all__ = [
     "choose_graph",
     "counts",
     "find_parameters",
+    "graph_of",
     "neighbours",
     "ring_permutation",
 ]
@@ -119,8 +120,8 @@ class Ring:
 def choose_graph(n: int, *, colluding: float, dropping: float, active: bool) -> Graph:
     """Return the graph of ``n`` clients: the complete one up to 128, else the sparsest that ``find_parameters`` finds.
 
-    On the complete graph the threshold is ⌊2n/3⌋ + 1, whatever the shares that collude or drop. It is checked against
-    the former; whether enough clients answer shows in the round.
+    On the complete graph the threshold is ⌊2n/3⌋ + 1, or more where more than a third collude. Whether enough clients
+    answer shows in the round.
 
     Guarantees: fewer than ``threshold`` colluding neighbours, and with ``active`` 2·threshold > k + 1 + their number:
     always on the complete graph, as the module says on a sparse one.
@@ -132,20 +133,43 @@ def choose_graph(n: int, *, colluding: float, dropping: float, active: bool) -> 
         active: whether the server may lie.
 
     Raises:
-        ValueError: ``n`` or a share is out of range, so many collude that ⌊2n/3⌋ + 1 is no protection, or no sparse
+        ValueError: ``n`` or a share is out of range, so many collude that no threshold is a protection, or no sparse
             graph will do (the complete one might: that is the caller's to decide).
 
     >>> choose_graph(12, colluding=0.1, dropping=0.1, active=True)
     Graph(n=12, k=11, threshold=9)
     """
+    corrupt, dropped = counts(n, colluding, dropping)
+    return graph_of(n, corrupt=corrupt, dropped=dropped, active=active)
+
+
+def graph_of(n: int, *, corrupt: int, dropped: int, active: bool) -> Graph:
+    """Return the same graph for numbers of clients instead of shares.
+
+    Of a cohort of which some never came, as many as before may collude among those that did. On the complete graph the
+    threshold then rises above ⌊2n/3⌋ + 1, so that 2·threshold > n + ``corrupt`` still holds.
+
+    Args:
+        n: how many clients there are.
+        corrupt: A, how many of them may collude.
+        dropped: D, how many of them may be lost; on the complete graph that shows in the round.
+        active: whether the server may lie.
+
+    Raises:
+        ValueError: no graph withstands so many.
+
+    >>> graph_of(22, corrupt=9, dropped=2, active=True).threshold
+    16
+    """
     if n > COMPLETE_UP_TO:
-        k, threshold = find_parameters(n, colluding=colluding, dropping=dropping, active=active)
-        return Graph(n=n, k=k, threshold=threshold)
-    corrupt, _ = counts(n, colluding, dropping)
-    graph = Graph(n=n, k=n - 1, threshold=2 * n // 3 + 1)
-    if graph.threshold <= corrupt or (active and 2 * graph.threshold <= n + corrupt):
-        raise ValueError(f"{corrupt} of n = {n} clients colluding (a share of {colluding}) break any graph")
-    return graph
+        found = _search(n, corrupt, dropped, active)
+        if found is None:
+            raise ValueError(f"no k < n - 1 is enough for n = {n}, of which {corrupt} collude and {dropped} are lost")
+        return Graph(n=n, k=found[0], threshold=found[1])
+    threshold = max(2 * n // 3 + 1, (n + corrupt) // 2 + 1 if active else corrupt + 1)
+    if threshold > n:
+        raise ValueError(f"{corrupt} of n = {n} clients colluding break any graph")
+    return Graph(n=n, k=n - 1, threshold=threshold)
 
 
 def find_parameters(n: int, *, colluding: float, dropping: float, active: bool) -> tuple[int, int]:

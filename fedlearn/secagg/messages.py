@@ -69,6 +69,8 @@ class Offer:
         least_survivors: how many vectors must be in the sum.
         encoding: how updates become integers, noise included.
         model_sha256: the hash of the model that will be sent, 32 bytes.
+        plan_sha256: the hash of what clients are asked to do with it, 32 bytes: of two clients that train otherwise one
+            might learn nothing, and the sum would be the other's.
         deadline_s: when the round ends, in seconds since 1970, UTC.
         signature: over all of it.
     """
@@ -86,6 +88,7 @@ class Offer:
     least_survivors: int
     encoding: Encoding
     model_sha256: bytes
+    plan_sha256: bytes
     deadline_s: int
     signature: bytes = bytes(SIGNATURE_BYTES)
 
@@ -124,7 +127,8 @@ class Offer:
         session, mode = reader.fixed(KEY_BYTES), MODES[reader.integer(1, most=len(MODES) - 1)]
         colluding, dropping = reader.number(), reader.number()
         cohort, least_cohort, least_survivors = (reader.integer(4, most=_MOST_CLIENTS) for _ in range(3))
-        encoding, model, deadline_s = Encoding.read(reader), reader.fixed(_HASH_BYTES), reader.integer(8)
+        encoding = Encoding.read(reader)
+        model, plan, deadline_s = reader.fixed(_HASH_BYTES), reader.fixed(_HASH_BYTES), reader.integer(8)
         signature = reader.fixed(SIGNATURE_BYTES)
         reader.end()
         return cls(
@@ -141,6 +145,7 @@ class Offer:
             least_survivors=least_survivors,
             encoding=encoding,
             model_sha256=model,
+            plan_sha256=plan,
             deadline_s=deadline_s,
             signature=signature,
         )
@@ -153,7 +158,7 @@ class Offer:
         for count in (self.cohort, self.least_cohort, self.least_survivors):
             writer.integer(count, 4)
         self.encoding.write(writer)
-        return writer.fixed(self.model_sha256).integer(self.deadline_s, 8)
+        return writer.fixed(self.model_sha256).fixed(self.plan_sha256).integer(self.deadline_s, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,6 +129,7 @@ class Terms:
         attempt: int = 1,
         session: bytes = bytes(32),
         model_sha256: bytes = bytes(32),
+        plan_sha256: bytes = bytes(32),
         deadline_s: int = 0,
     ) -> Offer:
         """Return what a round's clients are offered, not signed yet; by default one to take the measure of."""
@@ -147,6 +148,7 @@ class Terms:
             least_survivors=self.least_survivors,
             encoding=encoding,
             model_sha256=model_sha256,
+            plan_sha256=plan_sha256,
             deadline_s=deadline_s,
         )
 

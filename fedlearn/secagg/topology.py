@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fedlearn.secagg.errors import GraphError
-from fedlearn.secagg.graph import Graph, Ring, choose_graph, counts, neighbours, ring_permutation
+from fedlearn.secagg.graph import Graph, Ring, counts, graph_of, neighbours, ring_permutation
 from fedlearn.secagg.messages import Offer
 
 __all__ = ["Topology"]
@@ -35,7 +35,8 @@ class Topology:
         Raises:
             GraphError: no sparse graph holds for the offer's shares of colluding and lost clients.
         """
-        return _topology(clients, roster, offer.colluding, offer.dropping, offer.mode == "active")
+        colluding = counts(offer.cohort, offer.colluding, offer.dropping)[0]  # those who never came may all be honest
+        return _topology(clients, roster, colluding, offer.dropping, offer.mode == "active")
 
     @property
     def clients(self) -> int:
@@ -65,11 +66,11 @@ class Topology:
 
 
 @lru_cache(maxsize=8)
-def _topology(clients: int, roster: bytes, colluding: float, dropping: float, active: bool) -> Topology:
+def _topology(clients: int, roster: bytes, colluding: int, dropping: float, active: bool) -> Topology:
     """Return a session's graph; the server and, in a simulation, every client ask for the same one."""
     try:
-        graph = choose_graph(clients, colluding=colluding, dropping=dropping, active=active)
+        _, dropped = counts(clients, 0.0, dropping)
+        graph = graph_of(clients, corrupt=colluding, dropped=dropped, active=active)
     except ValueError as error:
         raise GraphError(str(error)) from error
-    _, dropped = counts(clients, colluding, dropping)
     return Topology(graph, ring_permutation(clients, roster), 0 if graph.complete else clients - dropped)

@@ -50,6 +50,7 @@ def offer(clients: int = 5, **changes: Any) -> Offer:
         "least_survivors": 2 * clients // 3 + 1,
         "encoding": encoding(clients=clients),
         "model_sha256": MODEL,
+        "plan_sha256": bytes(32),
         "deadline_s": int(NOW_S) + 600,
         **changes,
     }

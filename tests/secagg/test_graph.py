@@ -20,6 +20,7 @@ from fedlearn.secagg.graph import (
     Ring,
     choose_graph,
     find_parameters,
+    graph_of,
     neighbours,
     ring_permutation,
 )
@@ -249,10 +250,19 @@ def test_above_128_the_graph_is_sparse():
     assert (graph.k, graph.threshold) == find_parameters(129, colluding=0.1, dropping=0.1, active=True)
 
 
-@pytest.mark.parametrize(("colluding", "active"), [(0.35, True), (0.7, True), (0.7, False)])
-def test_a_complete_graph_does_not_promise_what_its_threshold_cannot_keep(colluding, active):
-    with pytest.raises(ValueError, match="70 of n = 100" if colluding == 0.7 else "35 of n = 100"):
-        choose_graph(100, colluding=colluding, dropping=0.1, active=active)
+@given(st.integers(3, 128), st.data(), st.booleans())
+def test_a_complete_graph_has_a_threshold_that_no_colluders_reach(n, data, active):
+    """However many of them there are: of a cohort most of which never came, they may be all that is left."""
+    corrupt = data.draw(st.integers(0, n - 1))
+    threshold = graph_of(n, corrupt=corrupt, dropped=0, active=active).threshold
+    assert corrupt < threshold <= n
+    assert threshold >= 2 * n // 3 + 1
+    assert not active or 2 * threshold > n + corrupt
+
+
+def test_a_graph_of_colluders_alone_is_refused():
+    with pytest.raises(ValueError, match="100 of n = 100 clients colluding"):
+        graph_of(100, corrupt=100, dropped=0, active=True)
 
 
 def test_a_semi_honest_server_may_have_more_accomplices():

@@ -29,6 +29,7 @@ from fedlearn.secagg.errors import (
     VectorLengthError,
 )
 from fedlearn.secagg.messages import Advertisement, Consistent, Signatures, Survivors, Unmask
+from fedlearn.secagg.policy import ClientPolicy
 from fedlearn.secagg.shamir import PRIME, SHARE_BYTES, share_to_bytes, split
 from fedlearn.secagg.vault import MemoryVault
 from fedlearn.sources import SecureRandom
@@ -268,6 +269,37 @@ def test_a_vector_for_a_model_that_was_not_checked():
     with pytest.raises(StageError):
         cohort.sessions[VICTIM].mask(cohort.updates[VICTIM])
     assert_over(cohort.sessions[VICTIM])
+
+
+def test_colluders_of_a_whole_cohort_that_meet_in_a_smaller_roster():
+    """The server loses honest clients before the roster, and shows the others two lists, both signed by its friends."""
+    colluding = 9  # a share of 0.33 of 30, whom every client's own floors permit
+    cohort = Cohort(offer(30, colluding=0.33, least_cohort=21, least_survivors=21), policy=ClientPolicy())
+    cohort.lost = dict.fromkeys(range(22, 30), "advertise")
+    outgoing = cohort.until("mask")
+    for client, message in outgoing.items():
+        cohort.server.receive(client, cohort.answer("mask", client, message))
+    outgoing = cohort.server.advance()
+    honest, clients = range(colluding, 22), 22
+    everyone = Survivors.read(outgoing[0]).survivors
+    victim = place(cohort, honest[0])
+    threshold = cohort.server.topology.threshold
+    assert 2 * threshold > clients + colluding
+    passed = []
+    for group, survivors in ((honest[:7], everyone), (honest[7:], [each for each in everyone if each != victim])):
+        message = Survivors(clients=clients, survivors=survivors).message()
+        signed = {
+            place(cohort, each): Consistent.read(cohort.sessions[each].confirm(message)).signature for each in group
+        }
+        view = Consistent.digest(cohort.server._roster_hash, clients, cohort.server._sharers, survivors)
+        signed |= {place(cohort, each): cohort.keys[each].sign(view) for each in range(colluding)}
+        given = Signatures(signatures=signed).message()
+        try:
+            cohort.sessions[group[-1]].unmask(given)
+            passed.append(group)
+        except TooFewSignaturesError:
+            pass
+    assert len(passed) < 2
 
 
 # -- wrong shares ----------------------------------------------------------------------------------------------------
