@@ -42,7 +42,7 @@ from fedlearn.config_reading import (
 )
 from fedlearn.errors import ConfigError
 from fedlearn.privacy_config import Amplification, GradSampleMode, Mechanism, PrivacyConfig, PrivacyUnit, Trust
-from fedlearn.secagg_config import LEAST_COHORT, SecaggConfig, SecaggMode, SecaggSuite
+from fedlearn.secagg_config import LEAST_COHORT, MOST_ROUND_S, SecaggConfig, SecaggMode, SecaggSuite
 
 __all__ = [
     "Amplification",
@@ -278,6 +278,11 @@ class RunConfig:
                 f"must be at least {LEAST_COHORT} under secagg: of two, each learns the other's update from the sum"
             )
             raise ConfigError("federation.cohort", reason)
+        if self.federation.round_timeout_s > MOST_ROUND_S:
+            reason = (
+                f"must be at most {MOST_ROUND_S:,} under secagg: devices refuse an offer that holds for more than a day"
+            )
+            raise ConfigError("federation.round-timeout-s", reason)
         if privacy.unit == "client" and not distributed:
             reason = 'does not go with secagg, whose clients add the noise themselves: set "distributed"'
             raise ConfigError("privacy.trust", f'{reason}, or secagg.mode = "off"')

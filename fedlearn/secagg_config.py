@@ -16,6 +16,9 @@ SecaggSuite = Literal["aes-256-ctr", "chacha20"]
 LEAST_COHORT = 3
 """Of two clients, each learns the other's update from the sum, whatever masks it."""
 
+MOST_ROUND_S = 86_000
+"""The longest round: with some time to spare, devices take no offer for more than a day."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SecaggConfig:

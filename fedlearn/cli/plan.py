@@ -117,6 +117,7 @@ def _plan(config: RunConfig) -> dict[str, Any]:
         "examples_per_client": _spread(sizes),
         "local_steps_per_round": _spread(steps),
         **clock,
+        "secagg": config.secagg.mode,
         "privacy": _promise(setting),
         "config_sha256": config.sha256(),
     }
@@ -147,8 +148,15 @@ def _promise(setting: _Setting) -> dict[str, Any]:
     from fedlearn.privacy.plan import plan_privacy
 
     evaluated = setting.rounds_evaluated if setting.asks_clients else []
-    earlier = earlier_releases(setting.config)
-    plan = plan_privacy(setting.config, evaluated=evaluated, earlier=earlier, size=setting.model.spec.trainable_size)
+    from fedlearn.secagg.terms import Terms
+
+    distributed, size = privacy.trust == "distributed", setting.model.spec.trainable_size
+    plan = plan_privacy(
+        setting.config,
+        evaluated=evaluated,
+        earlier=earlier_releases(setting.config),
+        summed=Terms.of(setting.config).summed(size) if distributed else None,
+    )
     return {
         **said,
         "mechanism": privacy.mechanism,
@@ -164,7 +172,7 @@ def _promise_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the promise in words."""
     from fedlearn.cli.promise import epsilon_text, promise_rows
 
-    rows = promise_rows(plan["privacy"], plan["rounds"])
+    rows = promise_rows(plan["privacy"], plan["rounds"], masked=plan["secagg"] != "ideal")
     budget, epsilon = plan["privacy"].get("budget"), plan["privacy"]["epsilon"]
     if budget is not None and epsilon != "inf" and epsilon > budget:
         rows.insert(1, ("", "above the budget: the run will end before its last round"))
@@ -332,6 +340,7 @@ def _timed(setting: _Setting, sizes: Sequence[int], steps: Sequence[int]) -> dic
             f"{federation.cohort} clients, {federation.rounds} rounds"
             + (f", over {processes} processes" if processes > 1 else "")
             + "; loading and messages come on top"
+            + (", and the keys, shares and masks of every client" if config.secagg.masks else "")
         ),
     }
 

@@ -12,6 +12,8 @@ __all__ = ["epsilon_text", "promise_rows"]
 _HIDES = {
     "example": "each example of a client, from everybody else, the server included",
     "client": "each client, from other clients and whoever gets the model; the server is trusted",
+    "ideal": "each client, from other clients and whoever gets the model; not from the server, which under "
+    "secagg.mode = ideal sees each update with its own share of the noise alone",
     "distributed": "each client, from everybody else, the server included, as long as enough clients are honest",
 }
 _SIMULATED = "from the seed, so nobody is protected: this is what a real run would spend"
@@ -26,12 +28,20 @@ def epsilon_text(value: float | str) -> str:
     return "infinite" if isinstance(value, str) else number_text(value)
 
 
-def promise_rows(privacy: Mapping[str, Any], rounds: int) -> list[tuple[str, str]]:
+def _promise(privacy: Mapping[str, Any], *, masked: bool) -> str:
+    """Return which promise is made."""
+    if privacy.get("trust") != "distributed":
+        return str(privacy["unit"])
+    return "distributed" if masked else "ideal"
+
+
+def promise_rows(privacy: Mapping[str, Any], rounds: int, *, masked: bool = True) -> list[tuple[str, str]]:
     """Return what ``summary.json`` or a plan says of privacy, as names and values.
 
     Args:
         privacy: the table ``privacy`` of one of them.
         rounds: how many rounds were finished.
+        masked: whether updates are masked, where clients add the noise themselves.
     """
     if privacy["unit"] == "none":
         return [("privacy", "none promised: epsilon is infinite (privacy.unit = none)")]
@@ -41,7 +51,7 @@ def promise_rows(privacy: Mapping[str, Any], rounds: int) -> list[tuple[str, str
     most = ", the largest of the clients" if example else ""
     rows = [
         ("epsilon", f"{epsilon_text(privacy['epsilon'])}{budget}{delta}{most}"),
-        ("hides", _HIDES["distributed" if privacy.get("trust") == "distributed" else privacy["unit"]]),
+        ("hides", _HIDES[_promise(privacy, masked=masked)]),
     ]
     if privacy.get("noise_multiplier") is not None:
         rows.append(("noise", f"{number_text(privacy['noise_multiplier'])} times the clipping norm"))

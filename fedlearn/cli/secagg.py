@@ -67,10 +67,12 @@ def key(
         return
     _say(f"{file}: a new private key, which only you can read. It never leaves this machine")
     _say(f"Its public key: {made.public.hex()}")
+    _say("\nNext, if it is a device's: whoever keeps the registry's key puts the device on the list", style="dim")
+    _say(f"  fedlearn secagg allow devices.json --registry registry.pem {made.public.hex()}")
     _say(
-        "\nNext, for a device, whoever keeps the registry's key runs (for the first device without --add):", style="dim"
+        "(with --add where there is a list). A registry's or a server's public key is pinned on the devices",
+        style="dim",
     )
-    _say(f"  fedlearn secagg allow devices.json --registry registry.pem --add {made.public.hex()}")
 
 
 def allow(
@@ -79,8 +81,7 @@ def allow(
         list[str],
         typer.Argument(
             metavar="DEVICE…",
-            help="A device's public key in hex; a file of such keys, one a line; or a private key file, of which the "
-            "public key is taken.",
+            help="A device's public key in hex, or a file of such keys, one a line.",
             show_default=False,
         ),
     ],
@@ -130,15 +131,13 @@ def _public_keys(argument: str) -> set[bytes]:
     except OSError as error:
         raise MissingError(f"{argument}: cannot be read: {error.strerror}") from error
     if data.lstrip().startswith(b"-----BEGIN"):
-        from fedlearn.secagg.keys import SigningKey
-
-        return {SigningKey.read(path).public}
+        raise UsageError(f"{argument} is a private key, which stays on its device; give the device's public key")
     lines = [(number, line.strip()) for number, line in enumerate(data.decode("ascii", "replace").splitlines(), 1)]
     keys = [(number, line) for number, line in lines if line]
     wrong = next((number for number, line in keys if not _KEY.fullmatch(line)), None)
     if wrong is not None or not keys:
         place = f", line {wrong}" if wrong is not None else ""
-        raise UsageError(f"{argument}{place}: not a public key (64 hex digits a line), nor a private key file")
+        raise UsageError(f"{argument}{place}: not public keys (64 hex digits a line)")
     return {bytes.fromhex(line) for _, line in keys}
 
 

@@ -99,6 +99,8 @@ def read_tries(run: Path) -> list[Try]:
     path = run / "secagg.jsonl"
     if not run.is_dir():
         raise RunUnreadableError(f"{run} is no run's folder. {_NEXT} --out {run}")
+    if not path.exists() and not (run / "config.toml").exists():
+        raise RunUnreadableError(f"{run} holds no run (no config.toml). {_NEXT} --out {run}")
     if not path.exists():
         raise MissingError(f"{run} ran without secure aggregation: the server saw every update. {_NEXT}")
     try:

@@ -269,7 +269,7 @@ def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     measured, lines = _measured(folder, summary), folder.metrics()
     rows = [*measured, *_costs(folder, summary), *_failed(folder, lines)]
     rows.append(("server saw", _SEEN[folder.config.secagg.mode]))
-    rows += promise_rows(summary["privacy"], summary["rounds"])
+    rows += promise_rows(summary["privacy"], summary["rounds"], masked=folder.config.secagg.masks)
     rows.append(("files", f"{folder.path}{'/' if str(folder.path)[-1:] != '/' else ''}"))
     stdout = console()
     title = f"{task_text(summary['task'])}, seed {summary['seed']}"

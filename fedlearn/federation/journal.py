@@ -19,6 +19,7 @@ from fedlearn.privacy.ledger import GENESIS, Event, Head, Ledger, read_events, r
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.plan import PrivacyPlan, plan_privacy
 from fedlearn.privacy.releases import Release, read_number, written_number
+from fedlearn.secagg.terms import Terms
 
 __all__ = ["RunJournal", "earlier_ledgers", "earlier_releases"]
 
@@ -61,7 +62,7 @@ class RunJournal:
                 evaluated=evaluated,
                 earlier=earlier,
                 promised=self._promised_noise(),
-                size=spec.trainable_size,
+                summed=Terms.of(config).summed(spec.trainable_size) if config.privacy.trust == "distributed" else None,
             )
         self.instance = self._name()
         self.estimator = self._estimator(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from fedlearn.privacy.noise import Noise
 from fedlearn.sources import SeedTree
 
 __all__ = [
+    "Learned",
     "clipped_update",
     "evaluation_numbers",
     "maskable",
@@ -24,6 +26,21 @@ __all__ = [
     "trained_part",
     "training_numbers",
 ]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learned:
+    """What a client learned in a round, before it is decided what of it leaves.
+
+    Attributes:
+        update: its update; clipped where that hides it.
+        num_examples: of its training examples.
+        mean_loss: its mean training loss.
+    """
+
+    update: Update | ClippedUpdate
+    num_examples: int = 0
+    mean_loss: float = 0.0
 
 
 def clipped_update(plan: RoundPlan, trained: Trained, spec: ParamSpec) -> ClippedUpdate:
@@ -47,9 +64,7 @@ def clipped_update(plan: RoundPlan, trained: Trained, spec: ParamSpec) -> Clippe
     return ClippedUpdate(vector=scaled, bound_l2=clipped.bound_l2, within=clipped.within, finite=clipped.finite)
 
 
-def maskable(
-    plan: RoundPlan, update: ClippedUpdate | Update, num_examples: int, spec: ParamSpec
-) -> tuple[ClippedUpdate, int]:
+def maskable(plan: RoundPlan, learned: Learned, spec: ParamSpec) -> tuple[ClippedUpdate, int]:
     """Return what a client gives into a masked sum: its update within the round's bound, and its weight.
 
     Where clients are hidden that is what is trained by gradient, clipped already; else all that the model has.
@@ -59,7 +74,7 @@ def maskable(
     """
     if plan.bound_l2 is None or not plan.bound_l2 > 0:
         raise ReplyError(FailureCode.BAD_REQUEST, "a round whose updates are masked needs a clipping norm")
-    training = plan.config.training
+    training, update = plan.config.training, learned.update
     if plan.config.privacy.unit == "client":
         if not isinstance(update, ClippedUpdate):
             raise TypeError("an update that is to hide its client is clipped first")
@@ -69,7 +84,7 @@ def maskable(
     if not clipped.finite:
         raise ReplyError(FailureCode.NOT_FINITE, "local training diverged; a lower learning rate may help")
     weighted = training.weighting == "examples"
-    return clipped, max(1, min(num_examples, training.max_examples)) if weighted else 1
+    return clipped, max(1, min(learned.num_examples, training.max_examples)) if weighted else 1
 
 
 def train_hiding_examples(
@@ -143,12 +158,12 @@ def trained_part(vector: Vector, spec: ParamSpec) -> Vector:
     return part
 
 
-def training_numbers(plan: RoundPlan, trained: Trained, clipped: ClippedUpdate | None) -> dict[str, int | float]:
+def training_numbers(plan: RoundPlan, learned: Learned) -> dict[str, int | float]:
     """Return the numbers that leave beside an update: where privacy is promised, at most adaptive clipping's bit."""
     if plan.config.privacy.unit == "none":
-        return {"num-examples": min(trained.num_examples, plan.weight_cap()), "loss": trained.mean_loss}
-    if clipped is not None and plan.config.privacy.adaptive_clipping:
-        return {"within-bound": int(clipped.within)}
+        return {"num-examples": min(learned.num_examples, plan.weight_cap()), "loss": learned.mean_loss}
+    if isinstance(learned.update, ClippedUpdate) and plan.config.privacy.adaptive_clipping:
+        return {"within-bound": int(learned.update.within)}
     return {}
 
 

@@ -108,7 +108,10 @@ class Federation:
             if state.unmeasured is None:
                 if self.journal.is_spent(state):
                     break
-                state = self._train_round(state)
+                try:
+                    state = self._train_round(state)
+                except _BudgetSpentError:
+                    break
             state = self._measure_round(state)
         self.journal.close(state)
         return state
@@ -296,7 +299,7 @@ class Federation:
                 return tries, state
             tally.forget()
             if self._has_released_sum and self.journal.is_spent(state):
-                break  # a sum that was not to be unmasked may have been seen: another one is beyond the budget
+                raise _BudgetSpentError  # the sum that was given up may have been seen, and leaves nothing for another
         last = tries[-1]
         cause = last.aborted if isinstance(last, MaskedTally) else None
         raise RoundFailedError(self._too_few(number, tries), number, _codes(last.failures)) from cause
@@ -441,6 +444,10 @@ class Federation:
     def _parameters(self, state: RunState) -> NDArray[Any]:
         """Return θ as it is sent, in the model's own type."""
         return state.server.params.astype(self.model.spec.dtype)
+
+
+class _BudgetSpentError(Exception):
+    """A round that was given up cannot be tried again within the budget; the model of the round before is the last."""
 
 
 def _codes(failures: Mapping[int, Failure]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlearn.config import RunConfig
 from fedlearn.errors import ConfigError, RunFailedError
@@ -57,19 +58,39 @@ class ServerIdentity:
     simulated: SimulatedIdentities | None = None
 
 
-@dataclass
-class _Record:
-    """What ``secagg.jsonl`` says of one try of a round."""
+@dataclass(kw_only=True)
+class _Try:
+    """One try of a round, and what ``secagg.jsonl`` will say of it."""
 
+    tally: MaskedTally
+    plan: RoundPlan
+    parameters: NDArray[Any]
+    offer: Offer
+    before_unmask: Callable[[int], None]
     furthest: dict[int, str] = field(default_factory=dict)
     traffic: dict[str, dict[str, int]] = field(default_factory=dict)
     seen: dict[str, Any] | None = None
 
-    def count(self, leg: str, reply: LegReply | Failure) -> None:
-        """Count one answer's bytes."""
+    def answered(self, leg: str, reply: LegReply | Failure) -> LegReply | None:
+        """Count one answer's bytes, and return it if it is one."""
         way = self.traffic.setdefault(leg, {"up": 0, "down": 0})
         way["up"] += reply.upload_bytes
         way["down"] += reply.download_bytes
+        self.tally.upload_bytes += reply.upload_bytes
+        self.tally.download_bytes += reply.download_bytes
+        if isinstance(reply, Failure):
+            self.tally.failures[reply.client] = reply
+            return None
+        return reply
+
+    def refused(self, client: int) -> None:
+        """Leave a client out whose answer cannot be used."""
+        self.tally.failures[client] = Failure(client=client, code=FailureCode.BAD_REPLY)
+
+    def watch(self, client: int, words: Words) -> None:
+        """Keep the histogram of one client's vector: of the one that a simulation watches, or the first that comes."""
+        if client == self.plan.watched or (self.plan.watched < 0 and self.seen is None):
+            self.seen = {"client": client, "histogram": histogram(words, self.offer.encoding)}
 
 
 class SecureAggregation:
@@ -111,7 +132,7 @@ class SecureAggregation:
         self,
         tally: MaskedTally,
         plan: RoundPlan,
-        parameters: np.ndarray[Any, Any],
+        parameters: NDArray[Any],
         *,
         before_unmask: Callable[[int], None],
     ) -> None:
@@ -125,148 +146,115 @@ class SecureAggregation:
         """
         model = hashlib.sha256(np.ascontiguousarray(parameters).tobytes()).digest()
         encoding = self.estimator.encoding(model, plan.round_number, plan.attempt)
-        offer = self._offer(plan, encoding, model)
-        record = _Record(furthest=dict.fromkeys(tally.draw.cohort, ""))
+        this = _Try(
+            tally=tally,
+            plan=plan,
+            parameters=parameters,
+            offer=self._offer(plan, encoding, model),
+            before_unmask=before_unmask,
+            furthest=dict.fromkeys(tally.draw.cohort, ""),
+        )
         try:
             if self.config.secagg.mode == "ideal":
-                self._ideal(tally, plan, parameters, offer, record, before_unmask)
+                self._ideal(this)
             else:
-                self._masked(tally, plan, parameters, offer, record, before_unmask)
+                self._masked(this)
         except RoundAbortedError as error:
             tally.aborted = error
-            self._write(tally, plan, offer, record, {**error.counts}, aborted=error)
+            self._write(this, error.counts)
 
     # -- masked ------------------------------------------------------------------------------------------------
 
-    def _masked(
-        self,
-        tally: MaskedTally,
-        plan: RoundPlan,
-        parameters: np.ndarray[Any, Any],
-        offer: Offer,
-        record: _Record,
-        before_unmask: Callable[[int], None],
-    ) -> None:
+    def _masked(self, this: _Try) -> None:
         """Run the protocol."""
-        identity = self._identity
+        identity, tally = self._identity, this.tally
         if identity is None:
             raise ConfigError("secagg.mode", "masking needs the server's key")
-
-        def watch(client: int, words: Words) -> None:
-            if client == plan.watched or (plan.watched < 0 and record.seen is None):
-                record.seen = {"client": client, "histogram": histogram(words, offer.encoding)}
-
-        session = ServerSession(offer, key=identity.key, allow_list=identity.allow_list, watch=watch)
+        session = ServerSession(this.offer, key=identity.key, allow_list=identity.allow_list, watch=this.watch)
         outgoing = session.begin(tally.draw.cohort)
         try:
             for leg in session.phases:
                 if leg == "unmask":
-                    before_unmask(session.counts["masked"])
-                self._leg(leg, outgoing, session, tally, plan, parameters, record)
+                    this.before_unmask(session.counts["masked"])
+                self._leg(leg, outgoing, session, this)
                 if leg != session.phases[-1]:
                     outgoing = session.advance()
             total = session.finish()
-        except SecaggError:
-            self._abort([client for client, leg in record.furthest.items() if leg], plan, offer.session)
+        except Exception:  # whatever it was, nobody needs these secrets any more
+            self._abort(this)
             raise
         tally.respondents = len(total.survivors)
-        tally.total = offer.encoding.decode(total.words)
+        tally.total = this.offer.encoding.decode(total.words)
         tally.evidence = {
             "secagg": self.config.secagg.mode,
             "transcript": total.transcript.hex(),
             "transcript-signature": total.signature.hex(),
             "server-key": identity.key.public.hex(),
         }
-        complaints = [str(complaint) for complaint in total.complaints]
-        self._write(tally, plan, offer, record, session.counts, session=session, complaints=complaints)
+        self._write(this, session.counts, session=session, complaints=[str(each) for each in total.complaints])
         for client in total.survivors:  # who was lost later is in the sum all the same
             tally.failures.pop(client, None)
 
-    def _leg(
-        self,
-        leg: str,
-        outgoing: Mapping[int, bytes],
-        session: ServerSession,
-        tally: MaskedTally,
-        plan: RoundPlan,
-        parameters: np.ndarray[Any, Any],
-        record: _Record,
-    ) -> None:
+    def _leg(self, leg: str, outgoing: Mapping[int, bytes], session: ServerSession, this: _Try) -> None:
         """Send one leg's messages and let the session take the answers."""
-        vector = parameters if leg == "mask" else None
-        for reply in self._exchange(leg, outgoing, plan, vector):
-            record.count(leg, reply)
-            tally.upload_bytes += reply.upload_bytes
-            tally.download_bytes += reply.download_bytes
-            if isinstance(reply, Failure):
-                tally.failures[reply.client] = reply
+        for each in self._exchange(leg, outgoing, this):
+            reply = this.answered(leg, each)
+            if reply is None:
                 continue
             try:
                 session.receive(reply.client, reply.body)
             except SecaggError:
-                tally.failures[reply.client] = Failure(client=reply.client, code=FailureCode.BAD_REPLY)
+                this.refused(reply.client)
             else:
-                record.furthest[reply.client] = leg
+                this.furthest[reply.client] = leg
 
-    def _exchange(
-        self, leg: str, outgoing: Mapping[int, bytes], plan: RoundPlan, vector: np.ndarray[Any, Any] | None
-    ) -> Iterator[LegReply | Failure]:
+    def _exchange(self, leg: str, outgoing: Mapping[int, bytes], this: _Try) -> Iterator[LegReply | Failure]:
         """Yield the answers to one leg within its share of the round's time."""
+        trains = leg in ("mask", "ideal")
         requests = [
-            LegRequest(leg=leg, client=client, plan=plan, body=body, vector=vector)
+            LegRequest(leg=leg, client=client, plan=this.plan, body=body, vector=this.parameters if trains else None)
             for client, body in sorted(outgoing.items())
         ]
         timeout_s = self.config.federation.round_timeout_s * _SHARES.get(leg, 1.0)
         for done, reply in enumerate(self.network.exchange_leg(requests, timeout_s), start=1):
             yield reply
-            if leg in ("mask", "ideal"):
-                self.observer.replied(plan.round_number, done, len(requests))
+            if trains:
+                self.observer.replied(this.plan.round_number, done, len(requests))
 
-    def _abort(self, clients: Sequence[int], plan: RoundPlan, session: bytes) -> None:
+    def _abort(self, this: _Try) -> None:
         """Tell the clients that took part to let go of their secrets, which they do at the next offer anyway."""
-        requests = [LegRequest(leg="abort", client=client, plan=plan, body=session) for client in sorted(clients)]
+        took_part = [client for client, leg in sorted(this.furthest.items()) if leg]
+        requests = [LegRequest(leg="abort", client=each, plan=this.plan, body=this.offer.session) for each in took_part]
         for _ in self.network.exchange_leg(requests, _ABORT_S):
             pass
 
     # -- ideal -------------------------------------------------------------------------------------------------
 
-    def _ideal(
-        self,
-        tally: MaskedTally,
-        plan: RoundPlan,
-        parameters: np.ndarray[Any, Any],
-        offer: Offer,
-        record: _Record,
-        before_unmask: Callable[[int], None],
-    ) -> None:
+    def _ideal(self, this: _Try) -> None:
         """Take the same sum of the same integers without masks: for simulations, which hide nothing anyway."""
-        words = np.zeros(offer.encoding.words, dtype=np.uint64)
-        survivors = 0
-        message = offer.message()
-        for reply in self._exchange("ideal", dict.fromkeys(tally.draw.cohort, message), plan, parameters):
-            record.count("ideal", reply)
-            tally.upload_bytes += reply.upload_bytes
-            tally.download_bytes += reply.download_bytes
-            if isinstance(reply, Failure):
-                tally.failures[reply.client] = reply
+        encoding, tally = this.offer.encoding, this.tally
+        words, survivors = np.zeros(encoding.words, dtype=np.uint64), 0
+        for each in self._exchange("ideal", dict.fromkeys(tally.draw.cohort, this.offer.message()), this):
+            reply = this.answered("ideal", each)
+            if reply is None:
                 continue
             try:
-                words += _words(reply.body, offer.encoding)
+                words += _words(reply.body, encoding)
             except SecaggError:
-                tally.failures[reply.client] = Failure(client=reply.client, code=FailureCode.BAD_REPLY)
-                continue
-            survivors += 1
-            record.furthest[reply.client] = "ideal"
+                this.refused(reply.client)
+            else:
+                survivors += 1
+                this.furthest[reply.client] = "ideal"
         counts = {"invited": tally.cohort, "masked": survivors}
         if survivors < self.terms.least_survivors:
             counts["needed"] = self.terms.least_survivors
             reason = f"{survivors} clients are left, and {self.terms.least_survivors} must send their vectors"
             raise RoundAbortedError("mask", counts, reason)
-        before_unmask(survivors)
+        this.before_unmask(survivors)
         tally.respondents = survivors
-        tally.total = offer.encoding.decode(words)
+        tally.total = encoding.decode(words)
         tally.evidence = {"secagg": "ideal"}
-        self._write(tally, plan, offer, record, counts)
+        self._write(this, counts)
 
     # -- what is said of it ------------------------------------------------------------------------------------
 
@@ -285,41 +273,37 @@ class SecureAggregation:
 
     def _write(
         self,
-        tally: MaskedTally,
-        plan: RoundPlan,
-        offer: Offer,
-        record: _Record,
+        this: _Try,
         counts: Mapping[str, int],
         *,
         session: ServerSession | None = None,
-        aborted: RoundAbortedError | None = None,
         complaints: Sequence[str] = (),
     ) -> None:
         """Append what the server saw of this try to ``secagg.jsonl``."""
-        topology = None if session is None else session.topology
+        topology, aborted = None if session is None else session.topology, this.tally.aborted
         line = {
-            "round": plan.round_number,
-            "attempt": plan.attempt,
+            "round": this.plan.round_number,
+            "attempt": this.plan.attempt,
             "mode": self.config.secagg.mode,
             "clients": counts.get("advertised", counts["invited"]),
             "degree": None if topology is None else topology.degree,
             "threshold": None if topology is None else topology.threshold,
             "least_survivors": self.terms.least_survivors,
-            "bits": offer.encoding.bits,
-            "dimension": offer.encoding.dimension,
+            "bits": this.offer.encoding.bits,
+            "dimension": this.offer.encoding.dimension,
             "counts": dict(counts),
-            "clipped": tally.clipped,
-            "furthest": {str(client): leg for client, leg in sorted(record.furthest.items())},
-            "bytes": record.traffic,
-            "failures": {str(client): str(each.code) for client, each in sorted(tally.failures.items())},
+            "clipped": this.tally.clipped,
+            "furthest": {str(client): leg for client, leg in sorted(this.furthest.items())},
+            "bytes": this.traffic,
+            "failures": {str(client): str(each.code) for client, each in sorted(this.tally.failures.items())},
             "complaints": list(complaints),
             "aborted": None
             if aborted is None
             else {"phase": aborted.phase, "reason": aborted.reason, "counts": aborted.counts},
-            "seen": record.seen,
-            "plain": self._plain(plan),
-            "transcript": tally.evidence.get("transcript"),
-            "released": tally.total is not None,
+            "seen": this.seen,
+            "plain": self._plain(this.plan),
+            "transcript": this.tally.evidence.get("transcript"),
+            "released": this.tally.total is not None,
         }
         try:
             with self._path.open("a") as handle:

@@ -20,6 +20,7 @@ from fedlearn.data.loaders import Distribution, distribute_data
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
 from fedlearn.federation.policy import (
+    Learned,
     clipped_update,
     evaluation_numbers,
     maskable,
@@ -122,37 +123,12 @@ def _train(message: Message, context: Context) -> RecordDict:
     plan, site, received = _open(message, context)
     if plan.config.secagg.mode != "off":
         raise ReplyError(FailureCode.REFUSED, "under secure aggregation no update is sent by itself")
-    examples = _examples(site, context)
-    seeds = site.seeds.child("round", plan.round_number, "client", _client_id(context))
-    if plan.config.privacy.unit == "example":
-        update = train_hiding_examples(
-            plan,
-            site.model,
-            site.task,
-            received,
-            examples,
-            account=_account(plan, len(examples), context),
-            seeds=seeds,
-            noise=_noise(seeds, context),
-        )
-        return train_reply_records(update, {})
-    trained = train(
-        site.model,
-        site.task,
-        received,
-        examples,
-        plan.config.training,
-        proximal_mu=plan.proximal_mu,
-        seeds=seeds,
-    )
-    if plan.config.privacy.unit == "client":
-        clipped = clipped_update(plan, trained, site.model.spec)
-        if not clipped.finite:
-            log.warning("client %s: local training diverged; a zero update was sent", _client_id(context))
-        return train_reply_records(clipped.vector, training_numbers(plan, trained, clipped))
-    if not np.isfinite(trained.update.vector).all() or not np.isfinite(trained.mean_loss):
-        raise ReplyError(FailureCode.NOT_FINITE, "local training diverged; a lower learning rate may help")
-    return train_reply_records(trained.update.vector, training_numbers(plan, trained, None))
+    learned = _learned(plan, site, received, context)
+    if isinstance(learned.update, Update) and plan.config.privacy.unit == "none":
+        finite = np.isfinite(learned.update.vector).all() and np.isfinite(learned.mean_loss)
+        if not finite:
+            raise ReplyError(FailureCode.NOT_FINITE, "local training diverged; a lower learning rate may help")
+    return train_reply_records(learned.update.vector, training_numbers(plan, learned))
 
 
 def _examples(site: _Site, context: Context) -> Examples:
@@ -192,7 +168,7 @@ def _mask(message: Message, context: Context) -> RecordDict:
         site.model.spec,
         secagg_device(plan, context, client),
         context,
-        learn=lambda: _learned(plan, site, received, context),
+        learn=lambda: _maskable(plan, site, received, context),
         noise=_noise(_round_seeds(plan, site, context), context),
         client=client,
     )
@@ -205,8 +181,15 @@ def _ideal(message: Message, context: Context) -> RecordDict:
     if _is_device(context):
         raise ReplyError(FailureCode.REFUSED, "a device sends no update that is not masked; ideal is for simulations")
     noise = _noise(_round_seeds(plan, site, context), context)
-    learn: Callable[[], legs.Learned] = lambda: _learned(plan, site, received, context)  # noqa: E731
-    return leg_reply_records(legs.ideal(body, plan, site.model.spec, learn=learn, noise=noise))
+    return leg_reply_records(
+        legs.ideal(
+            body,
+            plan,
+            site.model.spec,
+            learn=lambda: _maskable(plan, site, received, context),
+            noise=noise,
+        )
+    )
 
 
 def _abort(message: Message, context: Context) -> RecordDict:
@@ -227,8 +210,13 @@ _LEGS: Mapping[str, Callable[[Message, Context], RecordDict]] = {
 }
 
 
-def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> legs.Learned:
+def _maskable(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> legs.Maskable:
     """Train the received model on this client's data; return what goes into the sum."""
+    return maskable(plan, _learned(plan, site, received, context), site.model.spec)
+
+
+def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> Learned:
+    """Train the received model on this client's data, as the promised privacy has it."""
     examples, seeds, spec = _examples(site, context), _round_seeds(plan, site, context), site.model.spec
     if plan.config.privacy.unit == "example":
         vector = train_hiding_examples(
@@ -241,7 +229,7 @@ def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -
             seeds=seeds,
             noise=_noise(seeds, context),
         )
-        return maskable(plan, Update(vector), len(examples), spec)
+        return Learned(update=Update(vector))
     trained = train(
         site.model,
         site.task,
@@ -251,9 +239,12 @@ def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -
         proximal_mu=plan.proximal_mu,
         seeds=seeds,
     )
-    if plan.config.privacy.unit == "client":
-        return maskable(plan, clipped_update(plan, trained, spec), trained.num_examples, spec)
-    return maskable(plan, trained.update, trained.num_examples, spec)
+    if plan.config.privacy.unit == "none":
+        return Learned(update=trained.update, num_examples=trained.num_examples, mean_loss=trained.mean_loss)
+    clipped = clipped_update(plan, trained, spec)
+    if not clipped.finite:
+        log.warning("client %s: local training diverged; a zero update was sent", _client_id(context))
+    return Learned(update=clipped, num_examples=trained.num_examples, mean_loss=trained.mean_loss)
 
 
 def _round_seeds(plan: RoundPlan, site: _Site, context: Context) -> SeedTree:

@@ -7,6 +7,7 @@ was enrolled with, and its owner's floors are on the device.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,16 @@ from fedlearn.secagg.simulated import SimulatedIdentities
 from fedlearn.secagg.vault import FileVault, Vault
 
 __all__ = ["SecaggDevice", "masks_only", "secagg_device"]
+
+_FLOORS = (
+    "least-cohort",
+    "least-colluding",
+    "least-noise",
+    "least-survivors",
+    "most-sessions",
+    "secagg-mode",
+)
+"""What an owner may say in the node configuration."""
 
 _SIMULATED = ClientPolicy(longest_s=float("inf"), least_colluding=0.0)
 
@@ -73,6 +84,11 @@ def secagg_device(plan: RoundPlan, context: Context, client: int) -> SecaggDevic
     if not masks_only(told):
         reason = "this device has no device-key, allow-list, registry-key and server-key in its node configuration"
         raise ReplyError(FailureCode.REFUSED, reason)
+    if plan.config.privacy.unit == "client" and "least-noise" not in told:
+        reason = (
+            "this device's owner has set no least-noise, the least that hides it in a sum, in its node configuration"
+        )
+        raise ReplyError(FailureCode.REFUSED, reason)
     try:
         registry = _public(told, "registry-key")
         return SecaggDevice(
@@ -117,6 +133,9 @@ def _policy(told: Mapping[str, Any]) -> ClientPolicy:
     Raises:
         ValueError: one of them is no number, or out of range.
     """
+    floors = [name for name in told if name.startswith(("least", "most", "secagg"))]
+    if unknown := sorted(set(floors) - set(_FLOORS)):  # one that is misspelt would be none
+        raise ValueError(f"there is no floor {unknown[0]}; there are {', '.join(_FLOORS)}")
     wanted = str(told.get("secagg-mode", "active"))
     if wanted not in MODES:
         raise ValueError(f"secagg-mode must be one of {', '.join(MODES)}, got {wanted!r}")
@@ -126,10 +145,18 @@ def _policy(told: Mapping[str, Any]) -> ClientPolicy:
         modes=("active",) if wanted == "active" else MODES,
         least_cohort=int(told.get("least-cohort", least.least_cohort)),
         least_survivors=int(told.get("least-survivors", least.least_survivors)),
-        least_colluding=float(told.get("least-colluding", least.least_colluding)),
-        least_noise_multiplier=float(told.get("least-noise", least.least_noise_multiplier)),
+        least_colluding=_finite(told, "least-colluding", least.least_colluding),
+        least_noise_multiplier=_finite(told, "least-noise", least.least_noise_multiplier),
         most_sessions=None if most is None else int(most),
     )
+
+
+def _finite(told: Mapping[str, Any], name: str, default: float) -> float:
+    """Return a number of the node configuration, which is finite and not negative."""
+    value = float(told.get(name, default))
+    if not 0 <= value < math.inf:  # NaN is below no floor, and so would be none
+        raise ValueError(f"{name} must be a number from 0 on, got {told.get(name)}")
+    return value
 
 
 def _public(told: Mapping[str, Any], name: str) -> bytes:

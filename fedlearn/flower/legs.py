@@ -26,11 +26,11 @@ from fedlearn.secagg.encoding import EncodedUpdate
 from fedlearn.secagg.errors import DeadlineError, PolicyViolationError, StageError
 from fedlearn.secagg.messages import Offer
 
-__all__ = ["Learned", "advertise", "answer", "encoded", "forget", "ideal", "mask", "refuse_unmasked"]
+__all__ = ["Maskable", "advertise", "answer", "encoded", "forget", "ideal", "mask", "refuse_unmasked"]
 
 _STATE = "secagg"
 
-Learned = tuple[ClippedUpdate, int]
+Maskable = tuple[ClippedUpdate, int]
 """A clipped update and its weight."""
 
 
@@ -73,7 +73,7 @@ def mask(
     device: SecaggDevice,
     context: Context,
     *,
-    learn: Callable[[], Learned],
+    learn: Callable[[], Maskable],
     noise: Noise,
     client: int,
 ) -> bytes:
@@ -90,14 +90,14 @@ def mask(
     return reply
 
 
-def ideal(body: bytes, plan: RoundPlan, spec: ParamSpec, *, learn: Callable[[], Learned], noise: Noise) -> bytes:
+def ideal(body: bytes, plan: RoundPlan, spec: ParamSpec, *, learn: Callable[[], Maskable], noise: Noise) -> bytes:
     """Encode what was learned, and mask nothing: for a simulation."""
     offer = Offer.read(body)
     _check_offer(offer, plan, spec)
     return encoded(offer, learn(), plan, noise).words.astype("<u8", copy=False).tobytes()
 
 
-def encoded(offer: Offer, learned: Learned, plan: RoundPlan, noise: Noise) -> EncodedUpdate:
+def encoded(offer: Offer, learned: Maskable, plan: RoundPlan, noise: Noise) -> EncodedUpdate:
     """Return an update as integers, with this client's share of the noise."""
     update, weight = learned
     return offer.encoding.encode(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fedlearn.config import RunConfig
 from fedlearn.privacy.accounting import QUICK, calibrate, check_delta, default_delta, epsilon, would_exceed
 from fedlearn.privacy.matrix import choose_bands, sensitivity, square_root_coefficients
 from fedlearn.privacy.mechanisms import AdaptiveGaussian, DpFtrl, Gaussian, Mechanism
-from fedlearn.privacy.releases import Matrix, Query, Release, Sampling
-from fedlearn.secagg.terms import Terms
+from fedlearn.privacy.releases import Lattice, Matrix, Query, Release, Sampling
 
-__all__ = ["PrivacyPlan", "plan_privacy"]
+__all__ = ["PrivacyPlan", "Summed", "plan_privacy"]
+
+Summed = Callable[[float], tuple[Query, Lattice]]
+"""From a noise multiplier to what is released of a sum that clients added noise to."""
 
 _EVALUATION_RATIO = 3.0
 """How much more noise an evaluation has than a round: it needs one digit, and so costs about a ninth of a round."""
@@ -29,7 +31,8 @@ class PrivacyPlan:
         noise_multiplier: σ/Δ of a round; under dp-ftrl of all rounds together.
         evaluated: the rounds after which clients measure the model, each a release of its own.
         earlier: what was released in earlier runs on the same clients.
-        size: d, how many numbers of the model are released; what clients round and add noise to depends on it.
+        summed: under ``distributed`` trust, what a round releases of its sum with the noise of the fewest honest
+            survivors, by noise multiplier; secure aggregation says (``fedlearn.secagg.terms.Terms.summed``).
     """
 
     config: RunConfig
@@ -37,7 +40,7 @@ class PrivacyPlan:
     noise_multiplier: float
     evaluated: tuple[int, ...] = ()
     earlier: tuple[Release, ...] = ()
-    size: int = 0
+    summed: Summed | None = None
 
     @property
     def rate(self) -> float:
@@ -112,11 +115,10 @@ class PrivacyPlan:
 
     def _distributed(self, number: int) -> Release:
         """Return the release of one round's sum with the noise of the fewest honest survivors."""
-        terms = Terms.of(self.config)
-        encoding = terms.encoding(self.size, noise_multiplier=self.noise_multiplier)
-        survivors = terms.least_survivors
-        release = self._release("model", number, terms.query(encoding, survivors), None)
-        return replace(release, lattice=terms.lattice(encoding, survivors))
+        if self.summed is None:
+            raise ValueError("under distributed trust a plan is told what secure aggregation releases of a sum")
+        query, lattice = self.summed(self.noise_multiplier)
+        return replace(self._release("model", number, query, None), lattice=lattice)
 
     def _evaluation(self, number: int) -> Release:
         """Return the release of one evaluation, for a sensitivity of 1."""
@@ -165,7 +167,7 @@ def plan_privacy(
     evaluated: Sequence[int] = (),
     earlier: Sequence[Release] = (),
     promised: float | None = None,
-    size: int = 0,
+    summed: Summed | None = None,
 ) -> PrivacyPlan:
     """Return the plan of a run with ``privacy.unit = "client"``: its noise is the least that meets the target.
 
@@ -174,7 +176,7 @@ def plan_privacy(
         evaluated: the rounds after which clients measure the model.
         earlier: what was released in earlier runs on the same clients.
         promised: the noise multiplier of a run that has begun; left out: it is calibrated, or the configuration's.
-        size: d, how many numbers of the model are trained: needed where clients add the noise themselves.
+        summed: what a round releases of its sum, by noise multiplier: needed under ``distributed`` trust.
 
     Raises:
         ConfigError: the target cannot be met, or delta is at least 1/N.
@@ -189,7 +191,7 @@ def plan_privacy(
         noise_multiplier=math.inf,
         evaluated=tuple(evaluated),
         earlier=tuple(earlier),
-        size=size,
+        summed=summed,
     )
     known = promised if promised is not None else privacy.noise_multiplier
     if known is not None:

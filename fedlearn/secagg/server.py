@@ -25,6 +25,7 @@ from fedlearn.secagg.derivation import (
 )
 from fedlearn.secagg.encoding import DecodedSum
 from fedlearn.secagg.errors import (
+    BadAdvertisementError,
     BadShareSignatureError,
     DuplicateDeviceError,
     DuplicateKeyError,
@@ -37,7 +38,7 @@ from fedlearn.secagg.errors import (
     StageError,
     SurvivorInconsistencyError,
 )
-from fedlearn.secagg.keys import AgreementKey, SigningKey, tagged_hash, verify
+from fedlearn.secagg.keys import KEY_BYTES, AgreementKey, SigningKey, tagged_hash, verify
 from fedlearn.secagg.members import Member, kept_member, restored_member
 from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import (
@@ -58,6 +59,7 @@ from fedlearn.secagg.reconstruction import Reconstruction
 from fedlearn.secagg.shamir import share_from_bytes
 from fedlearn.secagg.topology import Topology
 from fedlearn.secagg.wire import bitmap
+from fedlearn.sources import SecureRandom
 
 __all__ = ["PHASES", "ServerSession", "UnmaskedSum"]
 
@@ -111,6 +113,7 @@ class ServerSession:
         self._key, self._allow_list, self._threads, self._watch = key, allow_list, threads, watch
         self._invited: set[int] = set()
         self._advertised: dict[int, Advertisement] = {}
+        self._probe = AgreementKey(SecureRandom().token_bytes(KEY_BYTES))
         self._taken: set[bytes] = set()  # devices and keys that are some client's
         self._members: list[Member] = []
         self._index_of: dict[int, int] = {}
@@ -171,6 +174,8 @@ class ServerSession:
             raise DuplicateDeviceError(f"address {address}: the device takes part already, from another address")
         if keys & self._taken or len(keys) < 2:
             raise DuplicateKeyError(f"address {address}: its key is another's")
+        if any(self._probe.agree(key) is None for key in keys):  # else every neighbour would give the session up
+            raise BadAdvertisementError(f"address {address}: a key is a point of small order")
         self._taken |= {entry.device, *keys}
         self._advertised[address] = entry
 

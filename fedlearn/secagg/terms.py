@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedlearn.config import RunConfig
@@ -178,6 +179,15 @@ class Terms:
             sensitivity_l2=lattice.sensitivity_l2 / encoding.scale,
             stddev=math.sqrt(lattice.variance) / encoding.scale,
         )
+
+    def summed(self, size: int) -> Callable[[float], tuple[Query, Lattice]]:
+        """Return what a sum of the fewest survivors releases, by noise multiplier: what a run is planned with."""
+
+        def released(noise_multiplier: float) -> tuple[Query, Lattice]:
+            encoding = self.encoding(size, noise_multiplier=noise_multiplier)
+            return self.query(encoding, self.least_survivors), self.lattice(encoding, self.least_survivors)
+
+        return released
 
     def check(self) -> None:
         """Raise unless somebody honest is left in every sum.

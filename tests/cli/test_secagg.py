@@ -285,6 +285,8 @@ def test_every_width_shows_every_number(
 def test_without_secure_aggregation_the_next_step_is_named(fedlearn: Fedlearn, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
+    assert "holds no run" in refused(fedlearn("secagg", "inspect", str(bare), "--json"), 3, "RunUnreadableError")
+    (bare / "config.toml").touch()
     for run in (bare, write(tmp_path / "off", {"round": 1, "mode": "off"})):
         message = refused(fedlearn("secagg", "inspect", str(run), "--json"), 3, "MissingError")
         assert "fedlearn simulate --set secagg.mode=active" in message
@@ -367,9 +369,9 @@ def test_the_next_command_of_a_key_works_as_it_is_printed(fedlearn: Fedlearn, tm
     assert "BEGIN" not in out
     public = SigningKey.read(tmp_path / "second.pem").public.hex()
     assert f"Its public key: {public}" in out
-    command = out.splitlines()[-1].split()
-    assert command[0] == "fedlearn"
-    assert "2 devices may take part (1 added, 0 removed)" in said(fedlearn(*command[1:]))
+    command = next(line for line in out.splitlines() if line.startswith("  fedlearn secagg allow")).split()
+    assert "1 device may take part (1 added, 1 removed)" in said(fedlearn(*command[1:]))
+    assert "2 devices may take part (1 added, 0 removed)" in said(fedlearn(*command[1:], "--add", first))
 
 
 def test_a_key_needs_a_folder(fedlearn: Fedlearn) -> None:
@@ -395,14 +397,11 @@ def allowing(*words: str) -> tuple[str, ...]:
     return ("secagg", "allow", "devices.json", "--registry", "registry.pem", *words, "--json")
 
 
-def test_devices_are_named_in_hex_by_files_of_hex_and_by_key_files(
-    fedlearn: Fedlearn, tmp_path: Path, registry: SigningKey
-) -> None:
+def test_devices_are_named_in_hex_and_by_files_of_hex(fedlearn: Fedlearn, tmp_path: Path, registry: SigningKey) -> None:
     made = keys(5)
     in_hex = [each.public.hex() for each in made]
     (tmp_path / "some.txt").write_text(f"{in_hex[1].upper()}\n\n  {in_hex[2]}  \r\n{in_hex[0]}")
-    made[3].write(tmp_path / "device.pem")
-    body = told(fedlearn(*allowing(in_hex[0], "some.txt", "device.pem", in_hex[4])))
+    body = told(fedlearn(*allowing(in_hex[0], "some.txt", in_hex[3], in_hex[4])))
     path = tmp_path / "devices.json"
     public = registry.public.hex()
     assert body == {"list": str(path), "devices": 5, "added": 5, "removed": 0, "registry": public}
@@ -441,7 +440,7 @@ def test_what_is_no_list_of_the_registrys_is_not_replaced(
     AllowList.of([other.public]).write(tmp_path / "others.json", other)
     for name in ("device.pem", "others.json", "registry.pem"):
         before = (tmp_path / name).read_bytes()
-        words = ("secagg", "allow", name, "--registry", "registry.pem", "device.pem", "--json")
+        words = ("secagg", "allow", name, "--registry", "registry.pem", device.public.hex(), "--json")
         assert f"{name} exists and is no list" in refused(fedlearn(*words), 2, "UsageError")
         assert (tmp_path / name).read_bytes() == before
 
@@ -479,8 +478,11 @@ def test_a_file_without_keys_is_named_and_not_quoted(
 
 
 def test_key_files_that_cannot_be_read(fedlearn: Fedlearn, tmp_path: Path, registry: SigningKey) -> None:
+    SigningKey(bytes(32)).write(tmp_path / "device.pem")
+    assert "stays on its device" in refused(fedlearn(*allowing("device.pem")), 2, "UsageError")
     (tmp_path / "broken.pem").write_text("-----BEGIN PRIVATE KEY-----\nnothing\n-----END PRIVATE KEY-----\n")
-    assert "broken.pem" in refused(fedlearn(*allowing("broken.pem")), 3, "MissingError")
+    words = ("secagg", "allow", "devices.json", "--registry", "broken.pem", GOOD, "--json")
+    assert "broken.pem" in refused(fedlearn(*words), 3, "MissingError")
     words = ("secagg", "allow", "devices.json", "--registry", "nowhere.pem", GOOD, "--json")
     assert "nowhere.pem" in refused(fedlearn(*words), 3, "MissingError")
     refused(fedlearn("secagg", "allow", "devices.json", GOOD, "--json"), 2, "UsageError")

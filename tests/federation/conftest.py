@@ -26,7 +26,7 @@ from fedlearn.federation.messages import (
     reply_numbers,
 )
 from fedlearn.federation.observer import SilentObserver
-from fedlearn.federation.policy import clipped_update, training_numbers
+from fedlearn.federation.policy import Learned, clipped_update, training_numbers
 from fedlearn.federation.rounds import Federation
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.learning import Examples, Task, Trained
@@ -116,7 +116,12 @@ class Twin:
                 update = Update(self.learned(client, spec))
                 trained = Trained(update=update, num_examples=client + 1, mean_loss=0.5, steps=1)
                 clipped = clipped_update(plan, trained, spec)
-                vector, numbers = clipped.vector, training_numbers(plan, trained, clipped)
+                vector, numbers = (
+                    clipped.vector,
+                    training_numbers(
+                        plan, Learned(update=clipped, num_examples=trained.num_examples, mean_loss=trained.mean_loss)
+                    ),
+                )
                 assert set(numbers) == reply_numbers(plan.config)
             return check_train_reply(client, {"update": vector}, numbers, plan=plan, spec=spec, **sizes)
         except ReplyError as error:

@@ -26,7 +26,7 @@ from fedlearn.federation.messages import (
     TrainReply,
     check_train_reply,
 )
-from fedlearn.federation.policy import clipped_update, training_numbers
+from fedlearn.federation.policy import Learned, clipped_update, training_numbers
 from fedlearn.learning import Trained
 from fedlearn.privacy.accounting import epsilon
 from fedlearn.privacy.clipping import Update
@@ -91,7 +91,7 @@ def answer(estimator, state, client: int, vector, *, examples: int = 1, honest: 
     if honest:
         trained = Trained(update=Update(vector), num_examples=examples, mean_loss=0.0, steps=1)
         clipped = clipped_update(plan, trained, SPEC)
-        vector, numbers = clipped.vector, training_numbers(plan, trained, clipped)
+        vector, numbers = clipped.vector, training_numbers(plan, Learned(update=clipped))
     try:
         return check_train_reply(
             client, {"update": vector}, numbers, plan=plan, spec=SPEC, upload_bytes=0, download_bytes=0

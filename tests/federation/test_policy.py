@@ -13,7 +13,7 @@ from fedlearn.arrays import ParamEntry, ParamSpec
 from fedlearn.config import RunConfig
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import RoundPlan, check_evaluate_reply, check_train_reply, reply_numbers
-from fedlearn.federation.policy import clipped_update, evaluation_numbers, trained_part, training_numbers
+from fedlearn.federation.policy import Learned, clipped_update, evaluation_numbers, trained_part, training_numbers
 from fedlearn.learning import Evaluation, Trained
 from fedlearn.privacy.clipping import Update
 
@@ -70,7 +70,7 @@ def test_whatever_was_learned_what_leaves_is_accepted_and_within_the_bound(
     assert not clipped.vector[4:].any()
     assert clipped.finite == bool(np.isfinite(array[:4]).all())
     assert trained.update.vector.tobytes() == before
-    numbers = training_numbers(asked, trained, clipped)
+    numbers = training_numbers(asked, Learned(update=clipped))
     reply = check_train_reply(0, {"update": clipped.vector}, numbers, plan=asked, spec=spec(dtype), **SIZES)
     assert reply.weight == 1
     assert reply.mean_loss is None
@@ -110,8 +110,8 @@ def test_only_what_a_gradient_trains_leaves_and_the_argument_stays():
 )
 def test_beside_an_update_no_number_leaves_where_privacy_is_promised_but_adaptive_clippings_bit(privacy, names):
     asked, trained = plan(privacy), learned(np.ones(6, np.float32))
-    clipped = clipped_update(asked, trained, spec()) if privacy["unit"] == "client" else None
-    numbers = training_numbers(asked, trained, clipped)
+    update = clipped_update(asked, trained, spec()) if privacy["unit"] == "client" else trained.update
+    numbers = training_numbers(asked, Learned(update=update, num_examples=3, mean_loss=0.5))
     assert set(numbers) == names == reply_numbers(asked.config)
     if privacy["unit"] != "none":
         assert set(numbers.values()) <= {0, 1}

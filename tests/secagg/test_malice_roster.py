@@ -47,6 +47,8 @@ def test_advertisements_that_the_server_refuses():
     not_taken(cohort, 1, replace(fair, device=cohort.keys[2].public).message(), BadAdvertisementError)
     not_taken(cohort, 1, replace(fair, nonce=bytes([1]) * 32).message(), BadAdvertisementError)
     not_taken(cohort, 1, advertised(cohort, one, offer_hash=bytes(32)).message(), ParamsMismatchError)
+    for small in ({"mask_key": bytes(32)}, {"encryption_key": bytes(32)}):  # its neighbours could not go on with it
+        not_taken(cohort, 1, advertised(cohort, one, **small).message(), BadAdvertisementError)
     not_taken(cohort, 1, first, DuplicateDeviceError)
     for copied in (its.encryption_key, its.mask_key):
         not_taken(cohort, 1, advertised(cohort, one, mask_key=copied).message(), DuplicateKeyError)
