@@ -357,7 +357,10 @@ class ServerSession:
     # -- over a crash ------------------------------------------------------------------------------------------
 
     def to_bytes(self) -> bytes:
-        """Return all of the session: to be on the disk before what ``advance`` returned is sent."""
+        """Return all of the session: to be on the disk before what ``advance`` returned is sent.
+
+        fedlearn's own round loop begins a new session instead: what Flower had under way is lost with the server.
+        """
         table = {
             "offer": self.offer.message().hex(),
             "phase": self.phase,

@@ -86,6 +86,7 @@ class Setting:
             least_survivors=self.least,
             encoding=plain_encoding(size=self.parameters, bits=BITS, bound_l2=BOUND_L2, clients=self.clients),
             model_sha256=MODEL,
+            plan_sha256=bytes(32),
             deadline_s=int(NOW_S) + 600,
         )
 
