@@ -110,7 +110,8 @@ class Federation:
                     break
                 try:
                     state = self._train_round(state)
-                except _BudgetSpentError:
+                except _BudgetSpentError as spent:
+                    state = spent.state
                     break
             state = self._measure_round(state)
         self.journal.close(state)
@@ -299,7 +300,7 @@ class Federation:
                 return tries, state
             tally.forget()
             if self._has_released_sum and self.journal.is_spent(state):
-                raise _BudgetSpentError  # the sum that was given up may have been seen, and leaves nothing for another
+                raise _BudgetSpentError(state)  # what was given up may have been seen, and leaves nothing for another
         last = tries[-1]
         cause = last.aborted if isinstance(last, MaskedTally) else None
         raise RoundFailedError(self._too_few(number, tries), number, _codes(last.failures)) from cause
@@ -447,7 +448,15 @@ class Federation:
 
 
 class _BudgetSpentError(Exception):
-    """A round that was given up cannot be tried again within the budget; the model of the round before is the last."""
+    """A round that was given up cannot be tried again within the budget; the model of the round before is the last.
+
+    Attributes:
+        state: that model, with what the round has cost.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self.state = state
+        super().__init__()
 
 
 def _codes(failures: Mapping[int, Failure]) -> dict[str, str]:

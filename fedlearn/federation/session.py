@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from fedlearn.secagg.ring import unpack
 from fedlearn.secagg.server import ServerSession
 from fedlearn.secagg.simulated import SimulatedIdentities
 from fedlearn.sources import Clock, SecureRandom
+
+log = logging.getLogger("fedlearn.server")
 
 __all__ = ["BINS", "SecureAggregation", "ServerIdentity", "histogram", "plain_path"]
 
@@ -225,8 +228,11 @@ class SecureAggregation:
         """Tell the clients that took part to let go of their secrets, which they do at the next offer anyway."""
         took_part = [client for client, leg in sorted(this.furthest.items()) if leg]
         requests = [LegRequest(leg="abort", client=each, plan=this.plan, body=this.offer.session) for each in took_part]
-        for _ in self.network.exchange_leg(requests, _ABORT_S):
-            pass
+        try:
+            for _ in self.network.exchange_leg(requests, _ABORT_S):
+                pass
+        except Exception:
+            log.exception("the clients could not be told that round %s was given up", this.plan.group)
 
     # -- ideal -------------------------------------------------------------------------------------------------
 

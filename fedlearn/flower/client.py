@@ -212,7 +212,10 @@ _LEGS: Mapping[str, Callable[[Message, Context], RecordDict]] = {
 
 def _maskable(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> legs.Maskable:
     """Train the received model on this client's data; return what goes into the sum."""
-    return maskable(plan, _learned(plan, site, received, context), site.model.spec)
+    update, weight = maskable(plan, _learned(plan, site, received, context), site.model.spec)
+    if not update.finite:
+        log.warning("client %s: local training diverged; a zero update is masked", _client_id(context))
+    return update, weight
 
 
 def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> Learned:

@@ -37,7 +37,13 @@ _FLOORS = (
     "most-sessions",
     "secagg-mode",
 )
-"""What an owner may say in the node configuration."""
+"""What an owner may ask for in the node configuration."""
+
+_KNOWN = (
+    *("allow-list", "data-path", "delta", "device-key", "ledger-folder", "ledger-path", "max-epsilon"),
+    *("num-partitions", "partition-id", "privacy-unit", "registry-key", "server-key", "task", "vault"),
+)
+"""What else may be in it."""
 
 _SIMULATED = ClientPolicy(longest_s=float("inf"), least_colluding=0.0)
 
@@ -133,22 +139,28 @@ def _policy(told: Mapping[str, Any]) -> ClientPolicy:
     Raises:
         ValueError: one of them is no number, or out of range.
     """
-    floors = [name for name in told if name.startswith(("least", "most", "secagg"))]
-    if unknown := sorted(set(floors) - set(_FLOORS)):  # one that is misspelt would be none
-        raise ValueError(f"there is no floor {unknown[0]}; there are {', '.join(_FLOORS)}")
+    if unknown := sorted(set(told) - set(_FLOORS) - set(_KNOWN)):  # a floor that is misspelt would be none
+        raise ValueError(f"there is no {unknown[0]} in a node configuration; there are {', '.join(_FLOORS)}")
     wanted = str(told.get("secagg-mode", "active"))
     if wanted not in MODES:
         raise ValueError(f"secagg-mode must be one of {', '.join(MODES)}, got {wanted!r}")
     least = ClientPolicy()
-    most = told.get("most-sessions")
     return ClientPolicy(
         modes=("active",) if wanted == "active" else MODES,
-        least_cohort=int(told.get("least-cohort", least.least_cohort)),
-        least_survivors=int(told.get("least-survivors", least.least_survivors)),
+        least_cohort=_count(told, "least-cohort", least.least_cohort),
+        least_survivors=_count(told, "least-survivors", least.least_survivors),
         least_colluding=_finite(told, "least-colluding", least.least_colluding),
         least_noise_multiplier=_finite(told, "least-noise", least.least_noise_multiplier),
-        most_sessions=None if most is None else int(most),
+        most_sessions=_count(told, "most-sessions", 0) if "most-sessions" in told else None,
     )
+
+
+def _count(told: Mapping[str, Any], name: str, default: int) -> int:
+    """Return a whole number of the node configuration."""
+    value = _finite(told, name, default)
+    if value != int(value):
+        raise ValueError(f"{name} must be a whole number, got {told.get(name)}")
+    return int(value)
 
 
 def _finite(told: Mapping[str, Any], name: str, default: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context
 
 from fedlearn.arrays import ParamSpec, Vector
-from fedlearn.errors import ReplyError
+from fedlearn.errors import ConfigError, ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
 from fedlearn.federation.session import histogram, plain_path
 from fedlearn.files import write_atomic
@@ -25,10 +25,17 @@ from fedlearn.secagg.client import ClientSession
 from fedlearn.secagg.encoding import EncodedUpdate
 from fedlearn.secagg.errors import DeadlineError, PolicyViolationError, StageError
 from fedlearn.secagg.messages import Offer
+from fedlearn.secagg.terms import Terms
 
 __all__ = ["Maskable", "advertise", "answer", "encoded", "forget", "ideal", "mask", "refuse_unmasked"]
 
 _STATE = "secagg"
+
+_OF_THE_PLAN = (
+    *("task", "round_number", "attempt", "mode", "colluding", "dropping"),
+    *("cohort", "least_cohort", "least_survivors"),
+)
+"""The fields of an offer that follow from the plan; a client computes them itself."""
 
 Maskable = tuple[ClippedUpdate, int]
 """A clipped update and its weight."""
@@ -150,21 +157,35 @@ def _check_offer(offer: Offer, plan: RoundPlan, spec: ParamSpec) -> None:
     Raises:
         PolicyViolationError: it is for another round, task, length, bound or promise.
     """
-    hides = plan.config.privacy.unit == "client"
-    encoding = offer.encoding
+    try:
+        terms = Terms.of(plan.config)
+    except ConfigError as error:
+        raise PolicyViolationError(f"no offer can be made of the plan: {error}") from error
+    hides, encoding = terms.hides_clients, offer.encoding
+    planned = terms.offer(
+        encoding,
+        round_number=plan.round_number,
+        attempt=plan.attempt,
+        session=offer.session,
+        model_sha256=offer.model_sha256,
+        deadline_s=offer.deadline_s,
+    )
+    rotation = terms.rotation(offer.model_sha256, plan.round_number, plan.attempt) if hides else b""
     agreed = {
-        "task": (offer.task, plan.config.task),
-        "round": (offer.round_number, plan.round_number),
-        "attempt": (offer.attempt, plan.attempt),
-        "mode": (offer.mode, "semi-honest" if plan.config.secagg.mode == "semi-honest" else "active"),
         "vector's length": (encoding.size, spec.trainable_size if hides else spec.size),
         "clipping norm": (encoding.bound_l2, plan.bound_l2),
         "noise": (encoding.noise_variance > 0, hides),
+        "largest weight": (encoding.most_weight, terms.most_weight),  # a smaller one would ask who has more examples
+        "bits": (encoding.bits, plan.config.secagg.bits),
+        "lanes' clients": (encoding.clients, plan.config.federation.cohort),
+        "count of the clipped": (encoding.counts_clipped, not hides),
+        "rotation": (encoding.rotation.hex(), rotation.hex()),
+        **{name: (getattr(offer, name), getattr(planned, name)) for name in _OF_THE_PLAN},
         "plan": (offer.plan_sha256.hex(), plan.sha256.hex()),  # the same for every client under this offer
     }
-    for name, (offered, planned) in agreed.items():
-        if offered != planned:
-            raise PolicyViolationError(f"the offer's {name} is {offered}, and the plan's is {planned}")
+    for name, (offered, asked) in agreed.items():
+        if offered != asked:
+            raise PolicyViolationError(f"the offer's {name} is {offered!r}, and the plan's is {asked!r}")
 
 
 def _show(update: EncodedUpdate, plan: RoundPlan, client: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from fedlearn.secagg.allow_list import AllowList
 from fedlearn.secagg.derivation import (
     associated_data,
     check_advertisement,
-    listed,
     pair_mask_key,
     roster_hash,
     seed_commitment,
@@ -54,9 +53,7 @@ from fedlearn.secagg.errors import (
 )
 from fedlearn.secagg.graph import SEED_BYTES, Graph, ring_permutation
 from fedlearn.secagg.keys import KEY_BYTES, AgreementKey, SigningKey, open_sealed, seal, tagged_hash, verify
-from fedlearn.secagg.merkle import MerkleTree, root_of
 from fedlearn.secagg.messages import (
-    LARGEST_WHOLE_ROSTER,
     Advertisement,
     Consistent,
     Deliver,
@@ -199,12 +196,11 @@ class ClientSession:
             raise CohortTooSmallError(
                 f"{roster.clients} clients take part; {offer.least_cohort} to {offer.cohort} were agreed"
             )
-        mine = [index for index, entry in entries.items() if entry.device == self._identity.public]
+        mine = [index for index, entry in enumerate(entries) if entry.device == self._identity.public]
         if len(mine) != 1 or entries[mine[0]].entry != self._own:
             raise RosterTamperedError("this client's own entry is missing, twice there, or not what it sent")
-        self._check_root(roster)
         self._index = mine[0]
-        self._roster_hash = roster_hash(self._offer_hash, roster.clients, roster.root)
+        self._roster_hash = roster_hash(self._offer_hash, entries)
         self._topology = Topology.of(offer, roster.clients, self._roster_hash)
         if (roster.degree, roster.threshold) != (self._topology.degree, self._topology.threshold):
             raise GraphError(
@@ -212,36 +208,19 @@ class ClientSession:
                 f"{self._topology.degree} and {self._topology.threshold} follow from the roster"
             )
         neighbours = self._topology.neighbours(self._index)
-        if not roster.whole and set(entries) != set(listed(self._topology, self._index)):
-            raise GraphError("the roster has others than the neighbours and those before them")
         self._check_devices(entries, allow_list)
         for index in neighbours:
             check_advertisement(entries[index], self._offer_hash, allow_list, who=f"client {index}")
         self._peers = {index: entries[index] for index in (*neighbours, self._index)}
 
-    def _check_root(self, roster: Roster) -> None:
-        """Raise unless every entry is under the roster's hash, at its place."""
-        if roster.clients <= LARGEST_WHOLE_ROSTER and not roster.whole:
-            raise GraphError(f"a roster of up to {LARGEST_WHOLE_ROSTER} clients has all their entries")
-        if roster.whole:
-            if MerkleTree([roster.entries[at].leaf for at in range(roster.clients)]).root != roster.root:
-                raise BadAdvertisementError("the roster's hash is not that of its entries")
-            return
-        for index, entry in roster.entries.items():
-            if root_of(entry.leaf, index, roster.clients, roster.paths[index]) != roster.root:
-                raise BadAdvertisementError(f"client {index} is not under the roster's hash")
-
-    def _check_devices(self, entries: Mapping[int, Advertisement], allow_list: AllowList) -> None:
+    def _check_devices(self, entries: Sequence[Advertisement], allow_list: AllowList) -> None:
         """Raise unless every entry is one known device's, with keys of its own, for this offer.
 
         Signatures are checked of the neighbours alone: nobody else's keys are used. Devices are in ascending order, so
-        that none has two seats. Where the roster is not whole that shows at the neighbours' seats, each beside the one
-        before it: every second seat of a device costs the server a place where the order is broken, and of those a
-        client finds each with probability k/n, by a graph that nobody knew before the order was fixed.
+        that none has two seats.
         """
         last, keys = b"", set[bytes]()
-        for index in sorted(entries):
-            entry = entries[index]
+        for index, entry in enumerate(entries):
             if entry.device <= last:
                 same = "twice" if entry.device == last else "out of order"
                 raise DuplicateDeviceError(f"client {index}: a device is in the roster {same}")

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 from fedlearn.secagg.graph import choose_graph
 from fedlearn.secagg.keys import KEY_BYTES, SIGNATURE_BYTES
-from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import (
     CIPHERTEXT_BYTES,
-    LARGEST_WHOLE_ROSTER,
     Advertisement,
     Consistent,
     Deliver,
@@ -48,26 +46,13 @@ class LegBytes:
 
 
 def leg_bytes(offer: Offer) -> list[LegBytes]:
-    """Return the legs of a session in which everybody who is invited answers, to the byte.
-
-    Above 1,000 clients it is a little more than that: a roster lists a client's neighbours and those before them, of
-    which some are the same, by paths that may have one hash less than the longest.
-    """
+    """Return the legs of a session in which everybody who is invited answers, to the byte."""
     n = offer.cohort
     graph = choose_graph(n, colluding=offer.colluding, dropping=offer.dropping, active=offer.mode == "active")
     degree, threshold = graph.k, graph.threshold
     header = ShareHeader(owner=0, commitment=_HASH, ciphertexts_sha256=_HASH)
     holding = degree + graph.complete
-    listed = n if n <= LARGEST_WHOLE_ROSTER else min(n, 2 * (degree + 1))
-    path = () if listed == n else MerkleTree([_HASH] * n).path(0)
-    roster = Roster(
-        clients=n,
-        degree=degree,
-        threshold=threshold,
-        entries=dict.fromkeys(range(listed), _ENTRY),
-        root=_HASH,
-        paths=dict.fromkeys(range(listed), path),
-    )
+    roster = Roster(degree=degree, threshold=threshold, entries=[_ENTRY] * n)
     everybody = tuple(range(n))
     ciphertexts = dict.fromkeys(range(degree), bytes(CIPHERTEXT_BYTES))
     delivered = {

@@ -8,13 +8,11 @@ from fedlearn.secagg.allow_list import AllowList
 from fedlearn.secagg.errors import BadAdvertisementError, ParamsMismatchError, UnknownDeviceError
 from fedlearn.secagg.keys import AgreementKey, derive, tagged_hash
 from fedlearn.secagg.messages import Advertisement
-from fedlearn.secagg.topology import Topology
 from fedlearn.secagg.wire import bitmap
 
 __all__ = [
     "associated_data",
     "check_advertisement",
-    "listed",
     "pair_mask_key",
     "roster_hash",
     "seed_commitment",
@@ -24,15 +22,9 @@ __all__ = [
 ]
 
 
-def roster_hash(offer_hash: bytes, clients: int, root: bytes) -> bytes:
-    """Return ``rh``: the hash that every later key, share and signature of the session is bound to."""
-    return tagged_hash("roster", offer_hash, _number(clients), root)
-
-
-def listed(topology: Topology, index: int) -> Sequence[int]:
-    """Return whose entries a client is sent of a large roster: its neighbours', its own, and each one's before it."""
-    seats = {*topology.neighbours(index), index}
-    return sorted(seats | {seat - 1 for seat in seats if seat})
+def roster_hash(offer_hash: bytes, entries: Sequence[Advertisement]) -> bytes:
+    """Return ``rh``, over the offer and all advertisements: every later key, share and signature is bound to it."""
+    return tagged_hash("roster", offer_hash, b"".join(entry.entry for entry in entries))
 
 
 def sharers_hash(roster: bytes, clients: int, sharers: Sequence[int]) -> bytes:

@@ -19,7 +19,6 @@ from fedlearn.secagg.wire import Reader, Writer, bitmap, members
 
 __all__ = [
     "CIPHERTEXT_BYTES",
-    "LARGEST_WHOLE_ROSTER",
     "MODES",
     "Advertisement",
     "Consistent",
@@ -39,12 +38,8 @@ Mode = Literal["semi-honest", "active"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 CIPHERTEXT_BYTES = 2 * SHARE_BYTES + 16
-LARGEST_WHOLE_ROSTER = 1000
-"""Up to so many clients a roster has all of them; above, a client's neighbours with proofs."""
-
 _HASH_BYTES = 32
 _MOST_CLIENTS = 1 << 20
-_MOST_PATH = 20
 _MOST_SMALL = 1 << 24
 _HEADER_BYTES = 4 + 2 * _HASH_BYTES + SIGNATURE_BYTES
 _ADVERTISEMENT_BYTES = 5 * KEY_BYTES + SIGNATURE_BYTES
@@ -190,11 +185,6 @@ class Advertisement:
         """Everything, 224 bytes: its place in a roster."""
         return self.body + self.signature
 
-    @property
-    def leaf(self) -> bytes:
-        """Its hash, of which the roster's is made."""
-        return tagged_hash("roster-leaf", self.entry)
-
     def signed(self, key: SigningKey) -> Advertisement:
         """Return it with the device's signature."""
         return replace(self, signature=key.sign(tagged_hash("advertisement", self.body)))
@@ -237,61 +227,41 @@ class Advertisement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roster:
-    """Leg 2: who takes part; either all of them, or one client's neighbours with proofs that they are in the whole.
+    """Leg 2: who takes part, all of them: from a part of it no client could tell that a device has two seats.
 
     Attributes:
-        clients: n.
         degree: k, how many neighbours each has.
         threshold: t, how many shares a secret needs.
-        entries: index to advertisement.
-        root: the Merkle root over all advertisements in order.
-        paths: index to the hashes from its leaf to the root; empty where all entries are there.
+        entries: the advertisements in order of their devices; a client's index is its place.
     """
 
-    clients: int
     degree: int
     threshold: int
-    entries: dict[int, Advertisement]
-    root: bytes
-    paths: dict[int, Sequence[bytes]]
+    entries: Sequence[Advertisement]
 
     @property
-    def whole(self) -> bool:
-        """Whether every client is in it."""
-        return len(self.entries) == self.clients
+    def clients(self) -> int:
+        """How many take part: n."""
+        return len(self.entries)
 
     def message(self) -> bytes:
         """Return it as leg 2."""
-        writer = Writer(ROSTER)
-        for count in (self.clients, self.degree, self.threshold):
-            writer.integer(count, 4)
-        writer.fixed(self.root).integer(len(self.entries), 4)
-        for index in sorted(self.entries):
-            writer.integer(index, 4).fixed(self.entries[index].entry)
-            path = self.paths.get(index, ())
-            writer.integer(len(path), 1).fixed(b"".join(path))
-        return writer.done()
+        writer = Writer(ROSTER).integer(self.degree, 4).integer(self.threshold, 4).integer(self.clients, 4)
+        return writer.fixed(b"".join(entry.entry for entry in self.entries)).done()
 
     @classmethod
     def read(cls, data: bytes) -> Roster:
         """Parse it.
 
         Raises:
-            MalformedMessageError: it is none, or its entries are not in ascending order.
+            MalformedMessageError: it is none.
         """
         reader = Reader(data, ROSTER, longest=_MOST_SMALL)
-        clients, degree, threshold = (reader.integer(4, most=_MOST_CLIENTS) for _ in range(3))
-        root = reader.fixed(_HASH_BYTES)
-        entries: dict[int, Advertisement] = {}
-        paths: dict[int, Sequence[bytes]] = {}
-        last = -1
-        for _ in range(reader.integer(4, most=min(clients, len(data) // _ADVERTISEMENT_BYTES))):
-            index = _ascending(reader, last, clients)
-            entries[index] = Advertisement.from_reader(reader)
-            paths[index] = tuple(reader.fixed(_HASH_BYTES) for _ in range(reader.integer(1, most=_MOST_PATH)))
-            last = index
+        degree, threshold = (reader.integer(4, most=_MOST_CLIENTS) for _ in range(2))
+        clients = reader.integer(4, most=len(data) // _ADVERTISEMENT_BYTES)
+        entries = tuple(Advertisement.from_reader(reader) for _ in range(clients))
         reader.end()
-        return cls(clients=clients, degree=degree, threshold=threshold, entries=entries, root=root, paths=paths)
+        return cls(degree=degree, threshold=threshold, entries=entries)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,10 @@ from fedlearn.secagg.errors import DeadlineError, PolicyViolationError, Unsuppor
 from fedlearn.secagg.messages import MODES, Mode, Offer
 from fedlearn.secagg.prg import SUITES
 
-__all__ = ["ClientPolicy"]
+__all__ = ["MOST_CLIENTS", "ClientPolicy"]
+
+MOST_CLIENTS = 1 << 16
+"""The largest cohort: every client is told of all the others, in 224 bytes each."""
 
 _LEAST_COHORT = 3
 """Of two clients, each learns the other's vector from the sum, whatever masks it."""
@@ -82,6 +85,8 @@ class ClientPolicy:
                 f"the offer holds for shares of {offer.colluding:g} colluding and {offer.dropping:g} lost clients; "
                 f"{self.least_colluding:g} to 1/3, and less than half, are permitted"
             )
+        if offer.cohort > MOST_CLIENTS:
+            raise PolicyViolationError(f"a roster holds {MOST_CLIENTS:,} clients, not {offer.cohort:,}")
         cohort = max(self.least_cohort, offer.least_cohort)
         _at_least("cohort", offer.cohort, cohort)
         _at_least("least cohort", offer.least_cohort, self.least_cohort)

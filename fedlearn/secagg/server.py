@@ -17,7 +17,6 @@ import numpy as np
 from fedlearn.secagg.allow_list import AllowList
 from fedlearn.secagg.derivation import (
     check_advertisement,
-    listed,
     pair_mask_key,
     roster_hash,
     self_mask_key,
@@ -40,9 +39,7 @@ from fedlearn.secagg.errors import (
 )
 from fedlearn.secagg.keys import KEY_BYTES, AgreementKey, SigningKey, tagged_hash, verify
 from fedlearn.secagg.members import Member, kept_member, restored_member
-from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import (
-    LARGEST_WHOLE_ROSTER,
     Advertisement,
     Consistent,
     Deliver,
@@ -267,31 +264,14 @@ class ServerSession:
         entries = sorted(self._advertised.items(), key=lambda item: item[1].device)
         self._members = [Member(address, entry) for address, entry in entries]
         self._index_of = {member.address: index for index, member in enumerate(self._members)}
-        tree = MerkleTree([member.advertisement.leaf for member in self._members])
-        clients = len(self._members)
-        self._roster_hash = roster_hash(self.offer.hash, clients, tree.root)
+        clients, listed = len(self._members), [member.advertisement for member in self._members]
+        self._roster_hash = roster_hash(self._offer_hash, listed)
         try:
             self._topology = Topology.of(self.offer, clients, self._roster_hash)
         except GraphError as error:
             raise self._aborted(str(error)) from error
-        if clients <= LARGEST_WHOLE_ROSTER:
-            whole = self._roster(range(clients), tree, paths=False).message()
-            return {member.address: whole for member in self._members}
-        return {
-            member.address: self._roster(listed(self.topology, index), tree, paths=True).message()
-            for index, member in enumerate(self._members)
-        }
-
-    def _roster(self, indices: Sequence[int], tree: MerkleTree, *, paths: bool) -> Roster:
-        """Return the roster with the entries of ``indices``."""
-        return Roster(
-            clients=len(self._members),
-            degree=self.topology.degree,
-            threshold=self.topology.threshold,
-            entries={index: self._members[index].advertisement for index in indices},
-            root=tree.root,
-            paths={index: tree.path(index) for index in indices} if paths else {},
-        )
+        roster = Roster(degree=self.topology.degree, threshold=self.topology.threshold, entries=listed).message()
+        return {member.address: roster for member in self._members}
 
     def _close_share(self) -> dict[int, bytes]:
         """Fix who shared (U2); return leg 4."""

@@ -13,7 +13,14 @@ from fedlearn.arrays import ParamEntry, ParamSpec
 from fedlearn.config import RunConfig
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import RoundPlan, check_evaluate_reply, check_train_reply, reply_numbers
-from fedlearn.federation.policy import Learned, clipped_update, evaluation_numbers, trained_part, training_numbers
+from fedlearn.federation.policy import (
+    Learned,
+    clipped_update,
+    evaluation_numbers,
+    maskable,
+    trained_part,
+    training_numbers,
+)
 from fedlearn.learning import Evaluation, Trained
 from fedlearn.privacy.clipping import Update
 
@@ -178,3 +185,12 @@ def test_without_privacy_sums_and_a_count_leave():
     evaluation = Evaluation(num_examples=4, sums={"accuracy": 3.0, "loss": 2.0})
     numbers = evaluation_numbers(plan(NONE), evaluation, ())
     assert numbers == {"num-examples": 4, "accuracy": 3.0, "loss": 2.0}
+
+
+def test_training_that_diverged_gives_a_zero_into_a_masked_sum_of_which_no_server_is_told():
+    """Else a server could ask, with a learning rate of its choice, whose data make training diverge."""
+    asked = plan(bound_l2=2.0)
+    update, weight = maskable(asked, Learned(update=Update(np.array([np.nan] * 6, np.float32)), num_examples=3), spec())
+    assert not update.vector.any() and not update.finite and not update.within
+    fine, same = maskable(asked, Learned(update=Update(np.ones(6, np.float32)), num_examples=3), spec())
+    assert fine.norm <= 2.0 and weight == same

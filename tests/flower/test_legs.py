@@ -506,11 +506,12 @@ class Federation:
         self.vector = self.model.vector()
         terms = Terms.of(self.config)
         hidden = self.config.privacy.unit == "client"
-        noise = {"noise_multiplier": 1.0, "rotation": bytes(32)} if hidden else {}
+        model = hashlib.sha256(self.vector.tobytes()).digest()
+        noise = {"noise_multiplier": 1.0, "rotation": terms.rotation(model, 1, 1)} if hidden else {}
         self.offer = terms.offer(
             terms.encoding(11, **noise),
             session=RANDOM.token_bytes(32),
-            model_sha256=hashlib.sha256(self.vector.tobytes()).digest(),
+            model_sha256=model,
             plan_sha256=self.plan().sha256,
             deadline_s=_in_a_minute(),
         )
@@ -855,14 +856,46 @@ def test_an_owner_says_how_much_noise_there_is_at_least(enrol, caplog):
     assert "PolicyViolationError: the noise is" in caplog.text
 
 
+def test_a_leg_that_comes_after_the_deadline_is_refused_and_nothing_is_kept(enrol, monkeypatch, caplog):
+    federation = enrol()
+    _, outgoing = federation.until("share")
+    device = federation.devices[2]
+    monkeypatch.setattr(time, "time", lambda: federation.offer.deadline_s + 1.0)
+    assert code_of(federation.ask(device, "share", outgoing[2])) == "masking-failed"
+    assert "DeadlineError" in caplog.text
+    assert not device.state
+    assert not device.keys
+
+
+@pytest.mark.parametrize("leg", ["share", "consistent", "unmask"])
+def test_a_later_leg_with_another_plan_than_the_offers_is_refused(enrol, leg, caplog):
+    federation = enrol()
+    _, outgoing = federation.until(leg)
+    told = ["task=regression", "federation.clients=5", "secagg.mode=active", "training.learning-rate=1e-30"]
+    plan = federation.plan(config=read_scenario(None, told))
+    assert code_of(federation.ask(federation.devices[1], leg, outgoing[1], plan)) == "masking-failed"
+    assert "the offer's plan is" in caplog.text
+
+
+def test_an_offer_does_not_find_out_who_has_more_examples(enrol, caplog):
+    """Were the largest weight another than the plan's, those above it could not answer, and the others would."""
+    federation = enrol()
+    smaller = replace(federation.offer.encoding, most_weight=2)
+    message = replace(federation.offer, encoding=smaller).signed(federation.server).message()
+    assert {code_of(federation.ask(each, "advertise", message)) for each in federation.devices} == {"masking-failed"}
+    assert "the offer's largest weight is 2" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("told", "says"),
     [
         ({}, "no least-noise"),
         ({"least-noise": "nan"}, "least-noise must be a number"),
-        ({"least-noise": 1.0, "least_cohort": 5}, "there is no floor least_cohort"),
-        ({"least-noise": 1.0, "least-survivor": 5}, "there is no floor least-survivor"),
-        ({"least-noise": 1.0, "secagg-mod": "active"}, "there is no floor secagg-mod"),
+        ({"least-noise": 1.0, "max-sessions": 5}, "there is no max-sessions"),
+        ({"least-noise": 1.0, "least-cohort": 50.9}, "least-cohort must be a whole number"),
+        ({"least-noise": 1.0, "least_cohort": 5}, "there is no least_cohort"),
+        ({"least-noise": 1.0, "least-survivor": 5}, "there is no least-survivor"),
+        ({"least-noise": 1.0, "secagg-mod": "active"}, "there is no secagg-mod"),
     ],
 )
 def test_a_floor_that_would_be_none_is_refused(enrol, told, says, caplog):

@@ -24,7 +24,6 @@ from fedlearn.secagg.derivation import (
 )
 from fedlearn.secagg.encoding import plain_encoding
 from fedlearn.secagg.keys import AgreementKey, SigningKey, derive, open_sealed, seal, tagged_hash, verify
-from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import Advertisement, Consistent, MaskedInput, Offer, ShareHeader, Survivors, Unmask
 from fedlearn.secagg.prg import add_masks
 from fedlearn.secagg.ring import pack, unpack
@@ -234,7 +233,7 @@ RH = bytes(range(100, 132))
 
 def test_hashes_are_sha_256_of_a_tag_and_of_parts_with_their_lengths():
     assert tagged_hash("x", b"", b"abc") == by_hand("x", b"", b"abc")
-    assert roster_hash(RH, 5, ALICE) == by_hand("roster", RH, b"\0\0\0\5", ALICE)
+    assert roster_hash(RH, frozen_roster(2)) == by_hand("roster", RH, b"".join(e.entry for e in frozen_roster(2)))
     assert sharers_hash(RH, 10, [0, 9]) == by_hand("sharers", RH, b"\x01\x02")
     assert seed_commitment(ALICE) == by_hand("seed", ALICE)
     assert associated_data(RH, 1, 2, BOB) == by_hand("share", RH, b"\0\0\0\1", b"\0\0\0\2", BOB)
@@ -242,8 +241,6 @@ def test_hashes_are_sha_256_of_a_tag_and_of_parts_with_their_lengths():
     assert MaskedInput.digest(7, ALICE, BOB) == by_hand("masked-input", b"\0\0\0\7", ALICE, BOB)
     header = ShareHeader(owner=1, commitment=ALICE, ciphertexts_sha256=BOB)
     assert header.digest(RH) == by_hand("shares", RH, b"\0\0\0\1", ALICE, BOB)
-    tree = MerkleTree([ALICE, BOB, RH])
-    assert tree.root == by_hand("merkle-node", by_hand("merkle-node", ALICE, BOB), RH)
 
 
 def test_keys_of_pairs_are_hkdf_of_the_shared_secret_bound_to_roster_and_pair():
@@ -306,8 +303,7 @@ def frozen_roster(count: int = 5) -> Sequence[Advertisement]:
 
 def frozen_hash() -> bytes:
     """The hash of that roster."""
-    leaves = [entry.leaf for entry in frozen_roster()]
-    return roster_hash(frozen_offer().hash, len(leaves), MerkleTree(leaves).root)
+    return roster_hash(frozen_offer().hash, frozen_roster())
 
 
 def frozen_ciphertext() -> bytes:
@@ -353,12 +349,12 @@ FROZEN = {
         "464c534101015c1f51d960218b5131f1eb5895492155e750aa403c882662a7a808ec2ba173cb417dfed7969a179e9c8c"
         "47f03a7891855d62e07efb60d843344093ef5936ce53"
     ),
-    "roster hash": "dc1be74e66a88502ea07a05960113f741d95733e48aa343d722c058f778ad6f5",
-    "pair mask key": "054037da6f1521b2b9319152d4067b38212cb1e75890f74af9767d9148638720",
-    "self mask key": "a21aa6016798b2bf5fdd384f760bf4525f1652f2cde135b8a90b80ed6a16c5e0",
+    "roster hash": "b7e08f511cec31cb8bfa72b91a46a666c39c32ed91b44281a7999d85311c619f",
+    "pair mask key": "a39f829ac7f9b0b2b5a761c2d3103ef866490c3de3d11c64b74bc055f1e5a40f",
+    "self mask key": "f89bb970cf1423702d42beb95380ce5c622d16247d0d2c6c2864ca92082b1323",
     "share ciphertext": (
-        "72b90d91d5a576ec333b3e7f2bf7fdf62979522402223b110f39a167cf0c74f541650db92504cae725c9e445da037f69"
-        "4afb2261ceef071c2286d28d0089995779a5d4b53a0a84586dfcd30e67fb9e7abb62"
+        "8c4e331090133368524ad79bc651fcf4019b8a0e0fa47f9801bf5b6aca6a0b8e9c42aeed82d99a1dc7f377faf9b23b63"
+        "add00faa3e10517bafe994b9236e7b5f72546af6a694eb081faff118e187f54ff2e0"
     ),
     "lanes of 16": "fffffcffff7fffff0200ff7f00000000",
     "lanes of 21": "ffff9fffffffffbf0200e0ffff010000",
@@ -366,8 +362,8 @@ FROZEN = {
     "encoded update": "165ba04efa4fe2f8d549ffffff0b00004111c1761c040000",
     "rotated": "000000000000f0bf000000000000f83f00000000000004c0000000000000e0bf000000000000e0bf",
     "masked": (
-        "93b23b004cc479fdb212828c2d2e65746d5ca70223abf150ef7c2ea21b8957b8c429fa06e0117a794ddda48dffed2185"
-        "5934e1c17303fe4d5df924a495b9b6f5"
+        "dfeb7d13d1ba7ffededd081df23bc032e192d393f5974f4a8aa32c0057a9e68edcaff70d5787052018821c4a93eb12c0"
+        "27b0741d4ff4099cd0999a7b69d3db41"
     ),
     "survivors": "464c534101060000000a0902",
     "unmask": (

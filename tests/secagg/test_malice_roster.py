@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from attacks import VICTIM, advertised, finished, not_taken, place, refused
+from attacks import VICTIM, advertised, not_taken, place, refused
 from cohort import RANDOM, Cohort, encoding, offer
 
-from fedlearn.secagg import client as client_module
-from fedlearn.secagg import server as server_module
 from fedlearn.secagg.derivation import roster_hash
 from fedlearn.secagg.errors import (
     BadAdvertisementError,
@@ -24,8 +22,8 @@ from fedlearn.secagg.errors import (
     StageError,
     UnknownDeviceError,
 )
+from fedlearn.secagg.graph import graph_of
 from fedlearn.secagg.keys import AgreementKey, SigningKey
-from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import Advertisement, Roster
 from fedlearn.secagg.topology import Topology
 
@@ -75,12 +73,9 @@ def roster_of(entries: Iterable[Advertisement], degree: int | None = None, thres
     listed = list(entries)
     clients = len(listed)
     return Roster(
-        clients=clients,
         degree=clients - 1 if degree is None else degree,
         threshold=2 * clients // 3 + 1 if threshold is None else threshold,
-        entries=dict(enumerate(listed)),
-        root=MerkleTree([entry.leaf for entry in listed]).root,
-        paths={},
+        entries=listed,
     ).message()
 
 
@@ -91,7 +86,7 @@ def in_order(entries: Iterable[Advertisement]) -> list[Advertisement]:
 
 def entries_of(cohort: Cohort) -> list[Advertisement]:
     """Run up to the roster and return its entries."""
-    return list(Roster.read(cohort.until("share")[VICTIM]).entries.values())
+    return list(Roster.read(cohort.until("share")[VICTIM]).entries)
 
 
 def another(cohort: Cohort, entries: list[Advertisement]) -> int:
@@ -218,22 +213,21 @@ def test_a_lower_threshold_or_another_graph(degree, threshold):
     refused(cohort, "share", roster_of(entries, degree=degree, threshold=threshold), GraphError)
 
 
-def test_a_roster_whose_hash_is_anothers():
-    """So that clients with different rosters would derive the same keys."""
-    cohort = Cohort(offer())
-    parsed = Roster.read(cohort.until("share")[VICTIM])
-    refused(cohort, "share", replace(parsed, root=bytes(32)).message(), BadAdvertisementError)
-
-
-def test_a_small_roster_has_to_be_whole(sparse_from_nine):
-    """Who sees its neighbours only cannot see that a device is in the roster twice."""
-    cohort = Cohort(offer(24, colluding=0.0, dropping=0.1, least_survivors=22, encoding=encoding(clients=24)))
-    parsed, own = Roster.read(cohort.until("share")[VICTIM]), place(cohort, VICTIM)
-    tree = MerkleTree([entry.leaf for entry in parsed.entries.values()])
-    near = sorted((own, *cohort.server.topology.neighbours(own)))
-    kept = {at: parsed.entries[at] for at in near}
-    part = replace(parsed, entries=kept, paths={at: tree.path(at) for at in near})
-    assert "all their entries" in str(refused(cohort, "share", part.message(), GraphError))
+def test_devices_with_many_seats_are_seen_by_everybody_however_they_are_placed(sparse_from_nine):
+    """In blocks, each in order by itself, few clients would see it if they were told of their neighbours alone."""
+    cohort = Cohort(offer(40, colluding=0.1, dropping=0.1, least_survivors=36, encoding=encoding(clients=40)))
+    cohort.lost = dict.fromkeys(range(8), "advertise")
+    cohort.exchange(cohort.server.begin(range(40)))
+    friends = in_order(cohort.server._advertised[each] for each in range(36, 40))
+    again = [advertised(cohort, colluder(cohort, each)) for each in friends]
+    honest = in_order(cohort.server._advertised[each] for each in range(8, 36))
+    entries = [*honest[:10], *friends, *again, *honest[10:]]
+    graph = graph_of(len(entries), corrupt=4, dropped=len(entries) // 10, active=True)
+    assert graph.k < len(entries) - 1
+    for client in range(8, 36):
+        with pytest.raises(DuplicateDeviceError):
+            message = roster_of(entries, graph.k, graph.threshold)
+            cohort.sessions[client].share_keys(message, allow_list=cohort.allow_list)
 
 
 @pytest.mark.parametrize("how", ["offer", "device", "key"])
@@ -247,14 +241,13 @@ def test_lies_about_those_that_are_no_neighbours(how, sparse_from_nine):
         key, error, changes = SigningKey.generate(RANDOM), UnknownDeviceError, {}
     elif how == "key":
         error, changes = DuplicateKeyError, {"mask_key": honest.entries[place(cohort, 7)].mask_key}
-    others = [entry for at, entry in honest.entries.items() if at != place(cohort, 5)]
+    others = [entry for at, entry in enumerate(honest.entries) if at != place(cohort, 5)]
     while True:  # the roster makes the graph: until the liar is no neighbour in it
         entries = in_order([*others, advertised(cohort, key, **changes, nonce=RANDOM.token_bytes(32))])
         liar, own = (
             next(at for at, e in enumerate(entries) if e.device == each) for each in (key.public, device(cohort))
         )
-        root = MerkleTree([entry.leaf for entry in entries]).root
-        topology = Topology.of(cohort.offered, 24, roster_hash(cohort.server.offer.hash, 24, root))
+        topology = Topology.of(cohort.offered, 24, roster_hash(cohort.server.offer.hash, entries))
         if liar not in topology.neighbours(own):
             break
     refused(cohort, "share", roster_of(entries, honest.degree, honest.threshold), error)
@@ -263,85 +256,3 @@ def test_lies_about_those_that_are_no_neighbours(how, sparse_from_nine):
 def device(cohort: Cohort) -> bytes:
     """Return who the victim is."""
     return cohort.keys[VICTIM].public
-
-
-# a roster too large to be sent whole
-
-
-@pytest.fixture
-def large(monkeypatch: pytest.MonkeyPatch, sparse_from_nine: None) -> Cohort:
-    """A cohort of 30 whose members get their neighbours' entries only, with proofs."""
-    for module in (client_module, server_module):
-        monkeypatch.setattr(module, "LARGEST_WHOLE_ROSTER", 10)
-    return Cohort(offer(30, colluding=0.0, dropping=0.1, least_survivors=27, encoding=encoding(clients=30)))
-
-
-def test_a_large_cohort_gets_proofs_and_the_sum_is_exact(large):
-    large.lost = {4: "share", 9: "mask", 11: "unmask"}
-    outgoing = large.until("share")
-    for client, message in outgoing.items():
-        parsed = Roster.read(message)
-        assert not parsed.whole
-        seats = {place(large, client), *large.server.topology.neighbours(place(large, client))}
-        assert set(parsed.entries) == seats | {seat - 1 for seat in seats if seat}
-    large.exchange(outgoing)
-    large.exchange(large.server.advance())
-    finished(large, set(range(30)) - {4, 9})
-
-
-def test_proofs_that_do_not_hold(large):
-    outgoing = large.until("share")
-
-    def sent(client: int) -> tuple[Roster, int]:
-        parsed = Roster.read(outgoing[client])
-        return parsed, next(at for at in parsed.entries if at != place(large, client))
-
-    parsed, at = sent(0)
-    changed = {**parsed.entries, at: replace(parsed.entries[at], mask_key=AgreementKey(RANDOM.token_bytes(32)).public)}
-    refused(large, "share", replace(parsed, entries=changed).message(), BadAdvertisementError, client=0)
-    parsed, at = sent(1)
-    cut = {**parsed.paths, at: parsed.paths[at][:-1]}
-    refused(large, "share", replace(parsed, paths=cut).message(), BadAdvertisementError, client=1)
-    parsed, at = sent(2)
-    longer = {**parsed.paths, at: (*parsed.paths[at], bytes(32))}
-    refused(large, "share", replace(parsed, paths=longer).message(), BadAdvertisementError, client=2)
-    parsed, at = sent(3)
-    moved = {index if index != at else _free(parsed): entry for index, entry in parsed.entries.items()}
-    paths = {index if index != at else _free(parsed): path for index, path in parsed.paths.items()}
-    refused(large, "share", replace(parsed, entries=moved, paths=paths).message(), BadAdvertisementError, client=3)
-    parsed, at = sent(4)
-    fewer = {index: entry for index, entry in parsed.entries.items() if index != at}
-    refused(large, "share", replace(parsed, entries=fewer).message(), GraphError, client=4)
-    parsed, _ = sent(5)
-    stranger = next(index for index in range(30) if index not in parsed.entries)
-    tree = MerkleTree([member.advertisement.leaf for member in large.server._members])
-    more = {**parsed.entries, stranger: large.server._members[stranger].advertisement}
-    proofs = {**parsed.paths, stranger: tree.path(stranger)}
-    refused(large, "share", replace(parsed, entries=more, paths=proofs).message(), GraphError, client=5)
-    parsed, _ = sent(6)
-    refused(large, "share", replace(parsed, degree=parsed.degree - 2).message(), GraphError, client=6)
-
-
-def test_a_device_with_many_seats_of_a_large_roster_is_found_though_no_client_sees_all(monkeypatch, sparse_from_nine):
-    for module in (client_module, server_module):
-        monkeypatch.setattr(module, "LARGEST_WHOLE_ROSTER", 10)
-    cohort = Cohort(offer(80, colluding=0.1, dropping=0.1, least_survivors=72, encoding=encoding(clients=80)))
-    cohort.lost = dict.fromkeys(range(10), "advertise")
-    cohort.exchange(cohort.server.begin(range(80)))
-    corrupt = cohort.keys[79]
-    for address in range(1000, 1010):  # eleven seats for one device, of 80
-        cohort.server._advertised[address] = advertised(cohort, corrupt)
-    outgoing = cohort.server.advance()
-    assert cohort.server.topology.degree < 70
-    refusing = 0
-    for client in range(10, 79):
-        try:
-            cohort.sessions[client].share_keys(outgoing[client], allow_list=cohort.allow_list)
-        except DuplicateDeviceError:
-            refusing += 1
-    assert refusing > 45  # of 69; each is fooled with probability (1 - 10/80)^k, a few hundredths
-
-
-def _free(parsed: Roster) -> int:
-    """Return a place nobody has in a roster."""
-    return next(index for index in range(parsed.clients) if index not in parsed.entries)

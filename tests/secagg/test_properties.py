@@ -25,7 +25,6 @@ from fedlearn.secagg.encoding import (
     plain_encoding,
 )
 from fedlearn.secagg.errors import MalformedMessageError, PolicyViolationError, RoundAbortedError, VectorLengthError
-from fedlearn.secagg.merkle import MerkleTree, root_of
 from fedlearn.secagg.prg import SUITES
 from fedlearn.secagg.ring import BITS, lanes, pack, unpack, words_needed
 from fedlearn.secagg.rotation import block_size, rotate, rotate_back
@@ -160,27 +159,6 @@ def test_a_bitmap_names_whom_it_was_made_of(size, data):
     if size % 8:
         with pytest.raises(MalformedMessageError):
             members(bits[:-1] + bytes([bits[-1] | 1 << size % 8]), size)
-
-
-@given(st.integers(1, 40), st.data())
-def test_a_proof_holds_for_one_leaf_at_one_place(size, data):
-    leaves = [bytes([at]) * 32 for at in range(size)]
-    tree = MerkleTree(leaves)
-    at = data.draw(st.integers(0, size - 1))
-    path = tree.path(at)
-    assert len(path) <= 20
-    assert root_of(leaves[at], at, size, path) == tree.root
-    assert root_of(bytes(31) + b"!", at, size, path) != tree.root
-    for other in range(size):
-        assert other == at or root_of(leaves[at], other, size, path) != tree.root
-        assert other == at or root_of(leaves[other], at, size, path) != tree.root
-    assert root_of(leaves[at], at, size, (*path, bytes(32))) is None
-    assert not path or root_of(leaves[at], at, size, path[:-1]) is None
-
-
-def test_a_tree_has_leaves():
-    with pytest.raises(ValueError, match="at least one leaf"):
-        MerkleTree([])
 
 
 # -- lanes -----------------------------------------------------------------------------------------------------------

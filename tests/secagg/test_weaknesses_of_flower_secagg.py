@@ -66,7 +66,6 @@ from fedlearn.secagg.errors import (
     StageError,
 )
 from fedlearn.secagg.keys import AgreementKey
-from fedlearn.secagg.merkle import MerkleTree
 from fedlearn.secagg.messages import MaskedInput, Roster, Survivors, Unmask
 from fedlearn.secagg.prg import add_masks
 from fedlearn.simulation.engine import simulate
@@ -587,11 +586,10 @@ class TestKeySubstitution:
             if leg != "to-share":
                 return message
             roster = Roster.read(message)
-            index = next(at for at, entry in roster.entries.items() if entry.device != cohort.keys[client].public)
+            index = next(at for at, entry in enumerate(roster.entries) if entry.device != cohort.keys[client].public)
             fake = replace(roster.entries[index], encryption_key=AgreementKey(RANDOM.token_bytes(32)).public)
-            entries = {**roster.entries, index: fake}
-            root = MerkleTree([entries[at].leaf for at in sorted(entries)]).root
-            return replace(roster, entries=entries, root=root).message()
+            entries = [*roster.entries[:index], fake, *roster.entries[index + 1 :]]
+            return replace(roster, entries=entries).message()
 
         cohort = Cohort(offer(CLIENTS), tamper=substituted)
         with pytest.raises(RoundAbortedError):
