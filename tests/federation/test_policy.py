@@ -189,7 +189,7 @@ def test_without_privacy_sums_and_a_count_leave():
 
 def test_training_that_diverged_gives_a_zero_into_a_masked_sum_of_which_no_server_is_told():
     """Else a server could ask, with a learning rate of its choice, whose data make training diverge."""
-    asked = plan(bound_l2=2.0)
+    asked = plan({"unit": "none"}, bound_l2=2.0)
     update, weight = maskable(asked, Learned(update=Update(np.array([np.nan] * 6, np.float32)), num_examples=3), spec())
     assert not update.vector.any() and not update.finite and not update.within
     fine, same = maskable(asked, Learned(update=Update(np.ones(6, np.float32)), num_examples=3), spec())
