@@ -197,6 +197,19 @@ class Estimator(ABC):
     def estimate(self, tally: Tally, state: RunState) -> Estimate:
         """Return the mean update of a tally."""
 
+    def _unhidden(self, draw: Draw, number: int) -> Release:
+        """Return what the ledger says of a mean that no noise of the server's, or of the clients together, covers."""
+        return Release(
+            what="model",
+            round_number=number,
+            unit="none",
+            adjacency="zero-out",
+            mechanism="local" if self.config.privacy.unit == "example" else "none",
+            queries=(),
+            sampling=self._sampling(draw),
+            simulated=False,
+        )
+
     def _sampling(self, draw: Draw) -> Sampling:
         """Return what the ledger says of a draw."""
         federation = self.config.federation
@@ -220,16 +233,7 @@ class PlainMean(Estimator):
         """Return the mean over the weights of those that answered."""
         if not isinstance(tally, _PlainTally):
             raise TypeError(f"expected a plain tally, got {type(tally).__name__}")
-        release = Release(
-            what="model",
-            round_number=state.round_number + 1,
-            unit="none",
-            adjacency="zero-out",
-            mechanism="local" if self.config.privacy.unit == "example" else "none",
-            queries=(),
-            sampling=self._sampling(tally.draw),
-            simulated=False,
-        )
+        release = self._unhidden(tally.draw, state.round_number + 1)
         return Estimate(mean=tally.total / tally.weight, release=release)
 
 

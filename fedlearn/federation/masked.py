@@ -102,16 +102,7 @@ class MaskedMean(MaskedEstimator):
     def release(self, tally: MaskedTally, survivors: int, number: int) -> Release:
         """Return what is released: a sum without noise of the server's, or of the clients together."""
         del survivors
-        return Release(
-            what="model",
-            round_number=number,
-            unit="none",
-            adjacency="zero-out",
-            mechanism="local" if self.config.privacy.unit == "example" else "none",
-            queries=(),
-            sampling=self._sampling(tally.draw),
-            simulated=False,
-        )
+        return self._unhidden(tally.draw, number)
 
     def estimate(self, tally: Tally, state: RunState) -> Estimate:
         """Return the mean over the weights of those that answered."""
