@@ -15,7 +15,7 @@
     │   └── DeadlineError              the offer's deadline has passed, or is too far away
     ├── RosterError                    legs 1 and 2: who takes part
     │   ├── UnknownDeviceError         no device of the allow-list
-    │   ├── BadAdvertisementError      the advertisement's signature or proof does not hold
+    │   ├── BadAdvertisementError      the advertisement's signature does not hold, or a key is none
     │   ├── DuplicateDeviceError       one device twice
     │   ├── DuplicateKeyError          one key twice
     │   ├── ParamsMismatchError        made for another offer
@@ -141,7 +141,7 @@ class UnknownDeviceError(RosterError):
 
 
 class BadAdvertisementError(RosterError):
-    """An advertisement whose signature, or whose place under the roster's hash, does not hold."""
+    """An advertisement whose signature does not hold, or one of whose keys is a point of small order."""
 
 
 class DuplicateDeviceError(RosterError):
