@@ -25,11 +25,16 @@ from numpy.typing import NDArray
 
 from fedlearn.errors import ReplyError
 
-__all__ = ["ParamEntry", "ParamSpec", "Vector"]
+__all__ = ["ParamEntry", "ParamSpec", "Vector", "vector_sha256"]
 
 Vector: TypeAlias = NDArray[np.floating[Any]]
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def vector_sha256(vector: NDArray[Any]) -> bytes:
+    """Return the hash of a vector as it travels, 32 bytes: what a model is called in ledgers and offers."""
+    return hashlib.sha256(np.ascontiguousarray(vector).tobytes()).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

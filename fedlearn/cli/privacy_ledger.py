@@ -31,12 +31,6 @@ __all__ = ["show"]
 
 _POINTS = 40
 _BARS = "▁▂▃▄▅▆▇█"
-_SEEN = {
-    "off": "every client's update",
-    "ideal": "every client's encoded update: nothing is masked",
-    "semi-honest": "the sum of a round's updates, if it keeps to the protocol",
-    "active": "the sum of a round's updates, and no single one",
-}
 _POLICY = (
     *("task", "trust", "mechanism", "target-epsilon", "max-epsilon", "population", "rounds", "sampling", "rate"),
     *("noise-multiplier", "bound-l2", "config-sha256"),
@@ -180,9 +174,11 @@ def _growth(spent: Sequence[float], budget: float | None) -> str:
 def _policy(ledger: CheckedLedger) -> list[tuple[str, str]]:
     """Return what the run promised, name by name, in the policy's own words."""
     rows = [(name.replace("-", " "), str(ledger.policy[name])) for name in _POLICY if name in ledger.policy]
+    from fedlearn.cli.promise import SERVER_SEES
+
     secagg = ledger.policy.get("secagg")
     if isinstance(secagg, dict):
-        rows.append(("server sees", _SEEN.get(str(secagg.get("mode")), "unknown")))
+        rows.append(("server sees", SERVER_SEES.get(str(secagg.get("mode")), "unknown")))
     return rows or [("policy", "none: the ledger states no run.policy")]
 
 

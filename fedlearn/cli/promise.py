@@ -7,7 +7,7 @@ from typing import Any
 
 from fedlearn.cli.rendering import number_text
 
-__all__ = ["epsilon_text", "promise_rows"]
+__all__ = ["SERVER_SEES", "epsilon_text", "promise_rows"]
 
 _HIDES = {
     "example": "each example of a client, from everybody else, the server included",
@@ -16,6 +16,14 @@ _HIDES = {
     "secagg.mode = ideal sees each update with its own share of the noise alone",
     "distributed": "each client, from everybody else, the server included, as long as enough clients are honest",
 }
+SERVER_SEES = {
+    "off": "every client's update",
+    "ideal": "every client's encoded update: secagg.mode = ideal is for simulations and masks nothing",
+    "semi-honest": "the sum of a round's updates, if it keeps to the protocol (secagg.mode = semi-honest)",
+    "active": "the sum of a round's updates, and no single one (secagg.mode = active)",
+}
+"""What the server sees of the clients, by ``secagg.mode``."""
+
 _SIMULATED = "from the seed, so nobody is protected: this is what a real run would spend"
 
 

@@ -253,22 +253,14 @@ def _command(verb: str, folder: RunFolder) -> str:
 # -- the result --------------------------------------------------------------------------------------------------
 
 
-_SEEN = {
-    "off": "every client's update",
-    "ideal": "every client's encoded update: secagg.mode = ideal is for simulations and masks nothing",
-    "semi-honest": "the sum of a round's updates, if it keeps to the protocol (secagg.mode = semi-honest)",
-    "active": "the sum of a round's updates, and no single one (secagg.mode = active)",
-}
-
-
 def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
     """Write the table of a finished run, and what to do next."""
-    from fedlearn.cli.promise import promise_rows
+    from fedlearn.cli.promise import SERVER_SEES, promise_rows
     from fedlearn.cli.rendering import console, facts, task_text
 
     measured, lines = _measured(folder, summary), folder.metrics()
     rows = [*measured, *_costs(folder, summary), *_failed(folder, lines)]
-    rows.append(("server saw", _SEEN[folder.config.secagg.mode]))
+    rows.append(("server saw", SERVER_SEES[folder.config.secagg.mode]))
     rows += promise_rows(summary["privacy"], summary["rounds"], masked=folder.config.secagg.masks)
     rows.append(("files", f"{folder.path}{'/' if str(folder.path)[-1:] != '/' else ''}"))
     stdout = console()

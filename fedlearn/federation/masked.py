@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class MaskedTally(Tally):
 
     total: DecodedSum | None = None
     aborted: RoundAbortedError | None = None
-    evidence: dict[str, str] = dataclasses.field(default_factory=dict)
+    evidence: dict[str, str] = field(default_factory=dict)
 
     @property
     def clipped(self) -> int | None:
@@ -75,18 +75,18 @@ class MaskedEstimator(Estimator):
         """Return an empty tally."""
         return MaskedTally(draw=draw)
 
+    @abstractmethod
     def encoding(self, model_sha256: bytes, round_number: int, attempt: int) -> Encoding:
         """Return how updates become integers in one try of a round."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self, tally: MaskedTally, survivors: int, number: int) -> Release:
         """Return what is released when a sum of ``survivors`` vectors is unmasked."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def releases_sum(self) -> bool:
         """Whether the unmasked sum is itself a release, to be in the ledger before anybody unmasks it."""
-        raise NotImplementedError
 
 
 class MaskedMean(MaskedEstimator):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedlearn.arrays import ParamSpec, Vector
+from fedlearn.arrays import ParamSpec, Vector, vector_sha256
 from fedlearn.errors import ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
 from fedlearn.learning import Evaluation, Examples, FlatModel, Task, Trained, check_prepare, local_steps
@@ -129,7 +128,7 @@ def train_hiding_examples(
             training=training,
             dp=dp,
             simulated=noise.simulated,
-            evidence={"run": plan.run, "model-before": hashlib.sha256(received.tobytes()).hexdigest()},
+            evidence={"run": plan.run, "model-before": vector_sha256(received).hex()},
         )
         account.record(release)
     result = train_private(

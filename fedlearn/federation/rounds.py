@@ -7,7 +7,6 @@ is ``fedlearn.learning.train`` at each client; the other five are methods of ``F
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlearn.algorithms import Algorithm, ServerState, build_algorithm
+from fedlearn.arrays import vector_sha256
 from fedlearn.config import RunConfig
 from fedlearn.errors import RoundFailedError, RunFailedError, RunUnreadableError, TaskError, UsageError
 from fedlearn.federation.checkpoint import RunState, Totals
@@ -222,8 +222,8 @@ class Federation:
         if len(tries) > 1:
             line["earlier_failures"] = [_codes(each.failures) for each in tries[:-1]]
         evidence = {
-            "model-before": _sha256(parameters),
-            "model-after": _sha256(self._parameters(state)),
+            "model-before": vector_sha256(parameters).hex(),
+            "model-after": vector_sha256(self._parameters(state)).hex(),
             "realised": realised.commitment,
             "date": self.clock.utc()[:10],  # the hour would tell how long clients took
         }
@@ -315,7 +315,7 @@ class Federation:
             if estimator.releases_sum:
                 release = estimator.release(tally, survivors, plan.round_number)
                 evidence = {
-                    "model-before": _sha256(self._parameters(state)),
+                    "model-before": vector_sha256(self._parameters(state)).hex(),
                     "secagg": self.config.secagg.mode,
                     "attempt": str(plan.attempt),
                     "date": self.clock.utc()[:10],
@@ -462,8 +462,3 @@ class _BudgetSpentError(Exception):
 def _codes(failures: Mapping[int, Failure]) -> dict[str, str]:
     """Return client to failure code, in the clients' order, as it is written down."""
     return {str(client): str(failure.code) for client, failure in sorted(failures.items())}
-
-
-def _sha256(parameters: NDArray[Any]) -> str:
-    """Return the hash of a model as it is sent."""
-    return hashlib.sha256(np.ascontiguousarray(parameters).tobytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlearn.arrays import vector_sha256
 from fedlearn.config import RunConfig
 from fedlearn.errors import ConfigError, RunFailedError
 from fedlearn.federation.masked import MaskedEstimator, MaskedTally
@@ -147,7 +147,7 @@ class SecureAggregation:
             parameters: θ as it is sent.
             before_unmask: called with the number of survivors, before anybody is asked for what unmasks their sum.
         """
-        model = hashlib.sha256(np.ascontiguousarray(parameters).tobytes()).digest()
+        model = vector_sha256(parameters)
         encoding = self.estimator.encoding(model, plan.round_number, plan.attempt)
         this = _Try(
             tally=tally,

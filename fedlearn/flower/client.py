@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from fedlearn.federation.policy import (
 )
 from fedlearn.files import data_home
 from fedlearn.flower import legs
-from fedlearn.flower.device import masks_only, secagg_device
+from fedlearn.flower.device import device_folder, is_device, masks_only, secagg_device
 from fedlearn.flower.records import (
     evaluate_reply_records,
     leg_reply_records,
@@ -274,9 +273,8 @@ def _account(plan: RoundPlan, size: int, context: Context) -> ClientAccount:
         path = Path(str(told["ledger-path"]))
     elif "ledger-folder" in told:  # of a simulation: a folder for every client
         path = Path(str(told["ledger-folder"])) / client / "ledger.jsonl"
-    elif _is_device(context):  # named by its data: a server gives out the node's id, and may give another
-        held = hashlib.sha256(str(Path(str(told["data-path"])).resolve()).encode()).hexdigest()[:16]
-        path = data_home() / "clients" / held / "ledger.jsonl"
+    elif _is_device(context):
+        path = device_folder(told) / "ledger.jsonl"
     else:
         path = data_home() / "clients" / f"{plan.run}-{client}" / "ledger.jsonl"
     limit = told.get("max-epsilon")
@@ -319,7 +317,7 @@ def _identify(message: Message, context: Context) -> RecordDict:
 
 def _is_device(context: Context) -> bool:
     """Return whether this node holds data of its own, which its owner has told it the path of."""
-    return "data-path" in context.node_config
+    return is_device(context.node_config)
 
 
 def _client_id(context: Context) -> int:

@@ -27,7 +27,7 @@ from fedlearn.secagg.policy import ClientPolicy
 from fedlearn.secagg.simulated import SimulatedIdentities
 from fedlearn.secagg.vault import FileVault, Vault
 
-__all__ = ["SecaggDevice", "masks_only", "secagg_device"]
+__all__ = ["SecaggDevice", "device_folder", "is_device", "masks_only", "secagg_device"]
 
 _FLOORS = (
     "least-cohort",
@@ -73,6 +73,17 @@ class SecaggDevice:
         return min(time.time(), deadline_s - 1.0) if self.simulated else time.time()
 
 
+def is_device(node_config: Mapping[str, Any]) -> bool:
+    """Return whether a node holds data of its own, which its owner has told it the path of."""
+    return "data-path" in node_config
+
+
+def device_folder(node_config: Mapping[str, Any]) -> Path:
+    """Return a device's own folder, named by its data: a server gives out the node's id, and may give another."""
+    held = hashlib.sha256(str(Path(str(node_config["data-path"])).resolve()).encode()).hexdigest()[:16]
+    return data_home() / "clients" / held
+
+
 def masks_only(node_config: Mapping[str, Any]) -> bool:
     """Return whether a device's owner gave it a key: it then answers nothing that is not masked."""
     return "device-key" in node_config
@@ -85,7 +96,7 @@ def secagg_device(plan: RoundPlan, context: Context, client: int) -> SecaggDevic
         ReplyError: ``refused`` where a device has no key, or its configuration cannot be used.
     """
     told = context.node_config
-    if "data-path" not in told:
+    if not is_device(told):
         return _simulated(plan, client)
     if not masks_only(told):
         reason = "this device has no device-key, allow-list, registry-key and server-key in its node configuration"
@@ -183,5 +194,4 @@ def _vault_folder(told: Mapping[str, Any]) -> Path:
     """Return where a device keeps its sessions' keys."""
     if "vault" in told:
         return Path(str(told["vault"]))
-    held = hashlib.sha256(str(Path(str(told["data-path"])).resolve()).encode()).hexdigest()[:16]
-    return data_home() / "clients" / held / "vault"
+    return device_folder(told) / "vault"

@@ -6,14 +6,12 @@ comes twice, or after the end, finds nothing; and a client that was killed in be
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 
-import numpy as np
 from flwr.app import ConfigRecord, Context
 
-from fedlearn.arrays import ParamSpec, Vector
+from fedlearn.arrays import ParamSpec, Vector, vector_sha256
 from fedlearn.errors import ConfigError, ReplyError
 from fedlearn.federation.messages import FailureCode, RoundPlan
 from fedlearn.federation.session import histogram, plain_path
@@ -88,7 +86,7 @@ def mask(
     session = _resume(device, context)
     _check_offer(session.offer, plan, spec)
     session.accept_shares(body)
-    session.check_model(hashlib.sha256(np.ascontiguousarray(received).tobytes()).digest())
+    session.check_model(vector_sha256(received))
     update = encoded(session.offer, learn(), plan, noise)
     if device.simulated and client == plan.watched:
         _show(update, plan, client)

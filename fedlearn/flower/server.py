@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +28,6 @@ from fedlearn.sources import Clock, SecureRandom, SeedTree, SystemClock
 from fedlearn.tasks import load_task
 
 __all__ = ["build_server_app"]
-
-_KEYS = "fedlearn-keys-"
-"""How the folders with a simulation's keys are named."""
-
-_RUNNING = "running"
 
 
 def build_server_app(
@@ -94,39 +87,9 @@ def _identity(config: RunConfig, context: Context, *, simulated: bool) -> Iterat
     elif not simulated:
         yield _real_identity(context.run_config)
     else:
-        with _simulated_identities() as identities:
+        with SimulatedIdentities.for_a_run(SecureRandom()) as identities:
             allow_list = identities.allow_list(config.federation.clients)
             yield ServerIdentity(key=identities.server, allow_list=allow_list, simulated=identities)
-
-
-@contextmanager
-def _simulated_identities() -> Iterator[SimulatedIdentities]:
-    """Yield a simulation's keys, and delete them at its end; what simulations that were killed left goes now.
-
-    A running one holds a lock on a file in its folder, which has that name only once it is locked.
-    """
-    identities = SimulatedIdentities.create(SecureRandom())
-    folder = identities.folder
-    try:
-        with (folder / f".{_RUNNING}").open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            (folder / f".{_RUNNING}").rename(folder / _RUNNING)
-            for other in folder.parent.glob(f"{_KEYS}*"):
-                if other != folder:
-                    _remove_left(other)
-            yield identities
-    finally:
-        identities.remove()
-
-
-def _remove_left(folder: Path) -> None:
-    """Delete a simulation's keys if nobody holds its lock; the folder of somebody else's is left to them."""
-    try:
-        with (folder / _RUNNING).open("r+") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError:
-        return
 
 
 def _real_identity(options: Mapping[str, Any]) -> ServerIdentity:

@@ -22,7 +22,6 @@ from fedlearn.secagg.derivation import (
     self_mask_key,
     sharers_hash,
 )
-from fedlearn.secagg.encoding import DecodedSum
 from fedlearn.secagg.errors import (
     BadAdvertisementError,
     BadShareSignatureError,
@@ -473,7 +472,3 @@ class ServerSession:
             tagged_hash("transcript-confirmations", b"".join(members[i].confirmation for i in self._survivors)),
             bitmap(responders, clients),
         )
-
-    def decode(self, total: UnmaskedSum) -> DecodedSum:
-        """Return the sum of the updates."""
-        return self.offer.encoding.decode(total.words)

@@ -6,8 +6,11 @@ never looks here.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +22,8 @@ from fedlearn.sources import SecureRandom
 
 __all__ = ["SimulatedIdentities"]
 
-_SEED = "seed"
+_PREFIX = "fedlearn-keys-"
+_SEED, _RUNNING = "seed", "running"
 _IN_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of our own is made in it, with a name that nobody can guess
 
 
@@ -44,10 +48,31 @@ class SimulatedIdentities:
     def create(cls, random: SecureRandom) -> SimulatedIdentities:
         """Make the folder, in memory where the system has such a place."""
         base = _IN_MEMORY if _IN_MEMORY.is_dir() else None
-        folder = Path(tempfile.mkdtemp(prefix="fedlearn-keys-", dir=base))
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         (folder / _SEED).write_bytes(random.token_bytes(KEY_BYTES))
         (folder / _SEED).chmod(0o600)
         return cls(folder)
+
+    @classmethod
+    @contextmanager
+    def for_a_run(cls, random: SecureRandom) -> Iterator[SimulatedIdentities]:
+        """Make the folder for a run, and remove it at its end.
+
+        The folder is locked meanwhile, by a file that has its name only once it is locked. Those of processes that were
+        killed are not, and are removed first.
+        """
+        identities = cls.create(random)
+        folder = identities.folder
+        try:
+            with (folder / f".{_RUNNING}").open("w") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                (folder / f".{_RUNNING}").rename(folder / _RUNNING)
+                for other in folder.parent.glob(f"{_PREFIX}*"):
+                    if other != folder:
+                        _remove_left(other)
+                yield identities
+        finally:
+            identities.remove()
 
     @property
     def server(self) -> SigningKey:
@@ -79,6 +104,16 @@ class SimulatedIdentities:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SimulatedIdentities) and other._secret == self._secret
+
+
+def _remove_left(folder: Path) -> None:
+    """Delete a simulation's keys if nobody holds its lock; the folder of somebody else's is left to them."""
+    try:
+        with (folder / _RUNNING).open("r+") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        return
 
 
 @lru_cache(maxsize=2)

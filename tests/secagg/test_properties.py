@@ -112,7 +112,7 @@ def test_the_sum_is_exact_or_the_round_ends_where_it_must(cohort):
     assert set(total.survivors) == survivors
     assert (total.words == cohort.expected(total.survivors)).all()
     assert not cohort.client_errors and not cohort.server_errors and not total.complaints
-    decoded = cohort.server.decode(total)
+    decoded = cohort.offered.encoding.decode(total.words)
     most = cohort.offered.encoding.most_weight
     assert decoded.weight == (None if most == 1 else sum(1 + client % most for client in survivors))
 

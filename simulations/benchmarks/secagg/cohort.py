@@ -320,7 +320,7 @@ def run_round(
 
     total = _unmasked(session, setting, reply, watch)
     with watch:
-        decoded = session.decode(total)
+        decoded = session.offer.encoding.decode(total.words)
     stayed = [client for client in range(setting.clients) if client not in setting.lost]
     return Round(
         degree=session.topology.degree,
@@ -364,7 +364,7 @@ def server_memory(setting: Setting) -> Memory:
             session = ServerSession(setting.offer(), key=key, allow_list=allow_list)
             total = _unmasked(session, setting, reply, Stopwatch(time.perf_counter))
             _, summed = tracemalloc.get_traced_memory()
-            session.decode(total)
+            session.offer.encoding.decode(total.words)
             _, decoded = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
