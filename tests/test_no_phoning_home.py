@@ -23,6 +23,8 @@ SETTINGS = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+OTHERS = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST")
+"""What MLflow asks before it calls home."""
 SIMULATE = """
 from fedlearn.cli import main
 main()
@@ -90,7 +92,7 @@ def _watch(folder: Path, code: str, *words: str, **settings: str) -> Watched:
     """Run Python code under both guards."""
     (folder / "guard").mkdir()
     (folder / "guard" / "sitecustomize.py").write_text(GUARD)
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, *OTHERS)}
     environment |= {
         "PYTHONPATH": f"{folder / 'guard'}{os.pathsep}{ROOT}",
         "GUARD_LOG": str(folder / "attempts"),
@@ -102,7 +104,9 @@ def _watch(folder: Path, code: str, *words: str, **settings: str) -> Watched:
     if _isolated():
         script = '"$@"; code=$?; cat /proc/self/net/snmp /proc/self/net/snmp6 > "$0"; exit $code'
         command = ["unshare", "-rn", "sh", "-c", script, str(folder / "counters"), *command]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=110, check=False
+    )
     assert done.returncode == 0, done.stderr
     log = folder / "attempts"
     return Watched(
@@ -134,6 +138,27 @@ def test_a_run_wants_to_reach_nobody(tmp_path: Path) -> None:
     assert json.loads(seen.output.splitlines()[-1])["rounds"] == 1
     assert seen.attempts == []
     assert seen.without_route in (0, None)
+
+
+TRACKED = ("simulate", "--set", "federation.clients=3", "--set", "federation.rounds=1", "--track", "tensorboard")
+
+
+def test_a_run_tracked_by_tensorboard_wants_to_reach_nobody(tmp_path: Path) -> None:
+    seen = _watch(tmp_path, SIMULATE, *TRACKED, "--out", str(tmp_path / "run"), "-q")
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert seen.attempts == []
+    assert seen.without_route in (0, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [{}, {"MLFLOW_DISABLE_TELEMETRY": "false", "DO_NOT_TRACK": "false"}])
+def test_a_run_tracked_by_mlflow_wants_to_reach_nobody(told: dict[str, str], tmp_path: Path) -> None:
+    """Unless the user says that it may: then it tries to, which the guards see."""
+    seen = _watch(tmp_path, SIMULATE, *TRACKED, "--track", "mlflow", "--out", str(tmp_path / "run"), "-q", **told)
+    assert (tmp_path / "run" / "mlruns" / "mlflow.db").exists()
+    assert bool(seen.attempts) == bool(told), seen.attempts
+    if not told:
+        assert seen.without_route in (0, None)
 
 
 def test_the_check_can_fail(tmp_path: Path) -> None:

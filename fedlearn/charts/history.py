@@ -1,4 +1,4 @@
-"""How a run learned: losses and scores over its rounds."""
+"""How a run learned: losses and scores over its rounds, who answered, how long it took."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class _Line:
     values: NDArray[np.float64]
     colour: str
     style: str
+    counts: bool = False
 
     @property
     def is_loss(self) -> bool:
@@ -42,14 +43,27 @@ class _Line:
         known = self.values[np.isfinite(self.values)]
         return any(word in words for word in _LOSS_WORDS) or bool(np.any((known < 0) | (known > 1)))
 
+    def text(self, value: float) -> str:
+        """Return one of its values as it is written beside the line."""
+        if self.counts:
+            return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
+        return f"{value:.3f}" if 0.01 <= abs(value) < 10 or not self.is_loss else f"{value:.4g}"
 
-def draw_history(rounds: Sequence[int], series: Mapping[str, Sequence[float | None]], *, title: str) -> str:
+
+def draw_history(
+    rounds: Sequence[int],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    title: str,
+    more: Mapping[str, Mapping[str, Sequence[float | None]]] | None = None,
+) -> str:
     """Draw what was measured, round by round.
 
     Losses (by name, or any series that leaves [0, 1]) share one panel and scores in [0, 1] the other; a
     panel without series is left out. ``None``, NaN and infinity are gaps; a series that is ``None``
     throughout is left out, and one without any finite value is named in the legend as not finite. Losses
-    that span more than three orders of magnitude are drawn on a logarithmic axis.
+    that span more than three orders of magnitude are drawn on a logarithmic axis. What else there is to see
+    (``more``) has a panel each, below, from nought up.
 
     Guarantees: as the module's.
 
@@ -57,6 +71,7 @@ def draw_history(rounds: Sequence[int], series: Mapping[str, Sequence[float | No
         rounds: round numbers, shape (n,).
         series: by name, one value a round, shape (n,).
         title: drawn on top, and read out by screen readers.
+        more: further panels by the name of their axis, each with its series of numbers that are not negative.
 
     Returns:
         An SVG element, text.
@@ -70,11 +85,20 @@ def draw_history(rounds: Sequence[int], series: Mapping[str, Sequence[float | No
     True
     """
     lines = _lines(rounds, series)
+    panels = [
+        (noun, some)
+        for noun, some in (
+            ("loss", [line for line in lines if line.is_loss]),
+            ("score", [line for line in lines if not line.is_loss]),
+            *((noun, _lines(rounds, counted, counts=True)) for noun, counted in (more or {}).items()),
+        )
+        if some
+    ]
     with style():
-        return svg(_history_figure(rounds, lines, title), title)
+        return svg(_history_figure(rounds, panels, title), title)
 
 
-def _lines(rounds: Sequence[int], series: Mapping[str, Sequence[float | None]]) -> list[_Line]:
+def _lines(rounds: Sequence[int], series: Mapping[str, Sequence[float | None]], *, counts: bool = False) -> list[_Line]:
     """Return what there is to draw, in the order given."""
     lines: list[_Line] = []
     for name, values in series.items():
@@ -86,18 +110,17 @@ def _lines(rounds: Sequence[int], series: Mapping[str, Sequence[float | None]]) 
         cycle, colour = divmod(len(lines), len(_LINE_COLOURS))
         style = _LINE_STYLES[cycle % len(_LINE_STYLES)]
         gaps = np.where(np.isfinite(known), known, math.nan)
-        lines.append(_Line(plain(name, 28), gaps, _LINE_COLOURS[colour], style))
+        lines.append(_Line(plain(name, 28), gaps, _LINE_COLOURS[colour], style, counts))
     return lines
 
 
-def _history_figure(rounds: Sequence[int], lines: Sequence[_Line], title: str) -> Figure:
-    """Return the panels side by side, losses left and scores right."""
-    losses = [line for line in lines if line.is_loss]
-    scores = [line for line in lines if not line.is_loss]
-    panels = [(noun, some) for noun, some in (("loss", losses), ("score", scores)) if some]
-    figure = empty_figure((10.0 if len(panels) == 2 else 6.4, 4.2), title)
+def _history_figure(rounds: Sequence[int], panels: Sequence[tuple[str, Sequence[_Line]]], title: str) -> Figure:
+    """Return the panels two by two, losses left and scores right, the rest below."""
+    columns = min(2, max(1, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = empty_figure((10.0 if columns == 2 else 6.4, 4.2 * rows), title)
     for place, (noun, some) in enumerate(panels, start=1):
-        _history_panel(figure.add_subplot(1, len(panels), place), rounds, some, noun)
+        _history_panel(figure.add_subplot(rows, columns, place), rounds, some, noun)
     if not panels:
         axes = figure.add_subplot()
         axes.set_axis_off()
@@ -147,6 +170,9 @@ def _value_axis(axes: Axes, lines: Sequence[_Line], noun: str) -> None:
     known = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
     if noun == "score":
         axes.set_ylim(-0.02, 1.02)
+    elif lines[0].counts:
+        most = float(known.max(initial=1.0))
+        axes.set_ylim(-0.02 * most, 1.05 * most)
     elif known.size and known.min() > 0 and known.max() / known.min() > 1e3:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -164,9 +190,8 @@ def _annotate_last(axes: Axes, x: NDArray[np.float64], lines: Sequence[_Line]) -
     places = [tuple(data_to_axes.transform(point).tolist()) for point in points]
     heights = _apart([place[1] for place in places], 0.055)
     for line, point, place, height in zip(shown, points, places, heights, strict=True):
-        value = f"{point[1]:.3f}" if 0.01 <= abs(point[1]) < 10 or not line.is_loss else f"{point[1]:.4g}"
         look: dict[str, Any] = {"color": line.colour, "fontsize": 9, "fontweight": "bold", "va": "center"}
-        axes.text(place[0] + 0.018, height, value, transform=axes.transAxes, **look)
+        axes.text(place[0] + 0.018, height, line.text(point[1]), transform=axes.transAxes, **look)
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:

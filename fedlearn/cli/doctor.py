@@ -86,6 +86,13 @@ def examine(folder: Path | None = None) -> list[Check]:
             partial(check_optional, "example-privacy", ("opacus",), 'privacy.unit = "example"'),
         ),
         _guarded("onnx extra", partial(check_optional, "onnx", ("onnx", "onnxscript"), "fedlearn export --to onnx")),
+        _guarded(
+            "tensorboard extra",
+            partial(check_optional, "tensorboard", ("tensorboard",), "fedlearn simulate --track tensorboard"),
+        ),
+        _guarded(
+            "mlflow extra", partial(check_optional, "mlflow", ("mlflow-skinny",), "fedlearn simulate --track mlflow")
+        ),
         _guarded("ray extra", partial(check_optional, "ray", ("ray",), "Flower's own simulation runtime")),
         _guarded("cores", check_cores),
         _guarded("memory", check_memory),
@@ -199,12 +206,21 @@ def check_simulation_extra() -> Check:
 
 
 def check_optional(extra: str, packages: tuple[str, ...], purpose: str) -> Check:
-    """An extra that most people do without."""
-    missing = [name for name in packages if find_spec(name) is None]
+    """An extra that most people do without; ``packages`` as pip calls them."""
+    found = {name: _version(name) for name in packages}
+    missing = [name for name, known in found.items() if known is None]
     if missing:
         command = f"for {purpose}: pip install '.[{extra}]' in fedlearn's folder"
         return Check(f"{extra} extra", Status.ok, f"not installed ({', '.join(missing)})", command)
-    return Check(f"{extra} extra", Status.ok, ", ".join(f"{name} {version(name)}" for name in packages))
+    return Check(f"{extra} extra", Status.ok, ", ".join(f"{name} {known}" for name, known in found.items()))
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package, or ``None`` where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 # -- the machine ---------------------------------------------------------------------------------------------------

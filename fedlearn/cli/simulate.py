@@ -6,8 +6,8 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,10 +16,14 @@ import typer
 
 from fedlearn.cli import StoppedError
 from fedlearn.cli.arguments import AsJson, Overrides, Source
+from fedlearn.cli.profile_table import ProfiledRun, recorded
 from fedlearn.errors import FedlearnError, LedgerError, MissingError, RunFailedError, UsageError
+from fedlearn.profiling import span
+from fedlearn.tracking.trackers import check_trackers
 
 if TYPE_CHECKING:
     from fedlearn.config import RunConfig
+    from fedlearn.federation.observer import Observers
     from fedlearn.federation.run_folder import RunFolder
 
 __all__ = ["run"]
@@ -43,6 +47,15 @@ def run(
         Path | None,
         typer.Option(metavar="RUN", help="Go on with the run in this folder.", show_default=False),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TRACKER",
+            help="Write every round's numbers for tensorboard or mlflow, too, in the run's folder. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing while it runs.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,21 +63,29 @@ def run(
 
     Stopped or killed at any instant, it goes on with --resume and ends with the same model.
     """
+    check_trackers(track or ())
     if resume is not None:
         folder = _existing(resume, source=source, overrides=overrides, out=out)
+        _check_profile(folder.config, wanted=profile)
     else:
         from fedlearn.scenario import read_scenario
 
-        folder = _new(read_scenario(source, overrides or ()), out)
+        config = read_scenario(source, overrides or ())
+        _check_profile(config, wanted=profile)
+        folder = _new(config, out)
     if not quiet:
         _announce(folder, resumed=resume is not None)
-    summary = _train(folder, new=resume is None, quiet=quiet)
+    with recorded() if profile else nullcontext() as profiled:
+        summary = _train(folder, new=resume is None, quiet=quiet, trackers=track or (), profiled=profiled)
     if as_json:
         from fedlearn.cli.rendering import echo_json
 
-        echo_json({**summary, "run": str(folder.path.resolve())})
+        where = {} if profiled is None else {"profile": profiled.to_json()}
+        echo_json({**summary, "run": str(folder.path.resolve()), **where})
     else:
-        _show(folder, summary)
+        _show(folder, summary, track or ())
+        if profiled is not None:
+            _show_profile(profiled)
 
 
 # -- the folder --------------------------------------------------------------------------------------------------
@@ -92,6 +113,15 @@ def _new(config: RunConfig, out: Path | None) -> RunFolder:
     if config.task not in BUILT_IN and ":" not in config.task and not config.task.endswith(".py"):
         load_task(config.task)  # no such name: say so before there is a folder
     return RunFolder.create(out if out is not None else _free_folder(config.task), config)
+
+
+def _check_profile(config: RunConfig, *, wanted: bool) -> None:
+    """Refuse to say where the time went of a run whose work is in processes that nobody here sees."""
+    if wanted and config.simulation.engine == "flower":
+        raise UsageError(
+            "--profile sees this process and the workers it forks; with simulation.engine = flower the work is done "
+            "elsewhere. Leave one of the two out"
+        )
 
 
 def _free_folder(task: str) -> Path:
@@ -168,16 +198,16 @@ def _announce(folder: RunFolder, *, resumed: bool) -> None:
     sys.stderr.flush()
 
 
-def _train(folder: RunFolder, *, new: bool, quiet: bool) -> dict[str, Any]:
+def _train(
+    folder: RunFolder, *, new: bool, quiet: bool, trackers: Sequence[str], profiled: ProfiledRun | None
+) -> dict[str, Any]:
     """Run the engine; whatever ends it early leaves with the way to go on."""
-    from fedlearn.cli.progress import watcher
-
-    watch = watcher(folder.config.federation.rounds, quiet=quiet)
     logged = _log_size(folder)
     try:
-        from fedlearn.simulation.engine import simulate
+        with span("start"), _watched(folder, quiet, trackers, profiled) as observer:
+            from fedlearn.simulation.engine import simulate
 
-        return simulate(folder, watch)
+            return simulate(folder, observer, say=_unsaid if quiet else _say)
     except KeyboardInterrupt:
         raise StoppedError(
             f"stopped; finished rounds are kept. Go on: {_command('simulate --resume', folder)}"
@@ -189,9 +219,40 @@ def _train(folder: RunFolder, *, new: bool, quiet: bool) -> dict[str, Any]:
         else:
             _add_whereabouts(error, folder, logged)
         raise
-    finally:
+
+
+def _say(text: str) -> None:
+    """Say on standard error what is to be known before the first round."""
+    sys.stderr.write(f"{text[:1].upper()}{text[1:]}\n")
+    sys.stderr.flush()
+
+
+def _unsaid(text: str) -> None:
+    """Say nothing."""
+
+
+@contextmanager
+def _watched(
+    folder: RunFolder, quiet: bool, trackers: Sequence[str], profiled: ProfiledRun | None
+) -> Iterator[Observers]:
+    """Yield all who watch the run, and close them when it ends."""
+    from fedlearn.cli.progress import watcher
+    from fedlearn.federation.observer import Observer, Observers
+    from fedlearn.tracking.epsilon import SpentSoFar
+    from fedlearn.tracking.tracks import open_tracks
+
+    spent = SpentSoFar(folder.path, folder.config)
+    watch = watcher(folder.config.federation.rounds, quiet=quiet, spent=spent)
+    with ExitStack() as closing:
+        observers: list[Observer] = []
         if watch is not None:
-            watch.close()
+            observers.append(watch)
+            closing.callback(watch.close)
+        if trackers:
+            observers.append(closing.enter_context(open_tracks(folder, trackers, spent)))
+        if profiled is not None:
+            observers.append(profiled)
+        yield Observers(*observers)
 
 
 def _add_whereabouts(error: FedlearnError, folder: RunFolder, logged: int) -> None:
@@ -253,13 +314,13 @@ def _command(verb: str, folder: RunFolder) -> str:
 # -- the result --------------------------------------------------------------------------------------------------
 
 
-def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+def _show(folder: RunFolder, summary: Mapping[str, Any], trackers: Sequence[str]) -> None:
     """Write the table of a finished run, and what to do next."""
     from fedlearn.cli.promise import SERVER_SEES, promise_rows
     from fedlearn.cli.rendering import console, facts, task_text
 
     measured, lines = _measured(folder, summary), folder.metrics()
-    rows = [*measured, *_costs(folder, summary), *_failed(folder, lines)]
+    rows = [*measured, *_costs(folder, summary), *_simulated(folder, lines), *_failed(folder, lines)]
     rows.append(("server saw", SERVER_SEES[folder.config.secagg.mode]))
     rows += promise_rows(summary["privacy"], summary["rounds"], masked=folder.config.secagg.masks)
     rows.append(("files", f"{folder.path}{'/' if str(folder.path)[-1:] != '/' else ''}"))
@@ -276,8 +337,26 @@ def _show(folder: RunFolder, summary: Mapping[str, Any]) -> None:
         commands.append(_command(verb, folder))
     if folder.config.secagg.mode != "off":
         commands.append(_command("secagg inspect", folder))
+    for tracker in dict.fromkeys(trackers):
+        commands.append(_viewing(tracker, folder))
     for command in commands:
         stdout.print(f"  {command}", soft_wrap=True)
+
+
+def _viewing(tracker: str, folder: RunFolder) -> str:
+    """Return the command that shows what was tracked."""
+    if tracker == "mlflow":
+        return f"mlflow ui --backend-store-uri {shlex.quote(f'sqlite:///{folder.path.resolve()}/mlruns/mlflow.db')}"
+    return f"tensorboard --logdir {shlex.quote(str(folder.path / 'tensorboard'))}"
+
+
+def _show_profile(profiled: ProfiledRun) -> None:
+    """Write where the time went."""
+    from fedlearn.cli.rendering import console
+
+    stdout = console()
+    stdout.print()
+    stdout.print(profiled.tables())
 
 
 def _measured(folder: RunFolder, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -305,9 +384,31 @@ def _costs(folder: RunFolder, summary: Mapping[str, Any]) -> list[tuple[str, str
         ("rounds", f"{summary['rounds']:,}"),
         ("clients", f"{summary['clients']:,}{cohort}"),
         ("wall time", f"{duration_text(summary['wall_s'])}, {summary['client_updates_per_s']:,.1f} client updates/s"),
+        *_trained(summary),
         ("upload per client", bytes_text(summary["upload_bytes_per_client"])),
         ("download per client", bytes_text(summary["download_bytes_per_client"])),
     ]
+
+
+def _simulated(folder: RunFolder, lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what the run would have taken on the devices it was simulated on, and how many of them attacked."""
+    from fedlearn.cli.rendering import count_text, duration_text
+
+    faults, rows = folder.config.faults, list[tuple[str, str]]()
+    times = [line["simulated_s"] for line in lines if "simulated_s" in line]
+    if times:
+        rows.append(("simulated time", f"{duration_text(sum(times))}, the longest round {duration_text(max(times))}"))
+    if attackers := faults.attackers(folder.config.federation.clients):
+        rows.append(("byzantine", f"{count_text(attackers, 'client')}, {faults.attack}"))
+    return rows
+
+
+def _trained(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return how clients were trained."""
+    trainer = summary.get("trainer")
+    if trainer is None:
+        return []
+    return [("clients trained", "one by one" if trainer == "sequential" else f"many at once ({trainer})")]
 
 
 def _tested_centrally(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> bool:

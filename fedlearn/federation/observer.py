@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-__all__ = ["Observer", "SilentObserver"]
+__all__ = ["Observer", "Observers", "SilentObserver"]
 
 
 class Observer(Protocol):
     """Whoever watches a run."""
 
     def replied(self, round_number: int, done: int, total: int) -> None:
-        """One more of ``total`` clients is accounted for."""
+        """``done`` of ``total`` clients are accounted for: one more than before, or dozens, where they answer as one.
+
+        A round may count up more than once: when it is tried again, and when clients measure the model.
+        """
 
     def finished_round(self, line: Mapping[str, Any]) -> None:
         """A round is done and kept; ``line`` is its line of ``metrics.jsonl``."""
@@ -26,3 +29,20 @@ class SilentObserver:
 
     def finished_round(self, line: Mapping[str, Any]) -> None:
         """Do nothing."""
+
+
+class Observers:
+    """Several observers as one; each is told in the order given."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def replied(self, round_number: int, done: int, total: int) -> None:
+        """Tell each."""
+        for each in self._observers:
+            each.replied(round_number, done, total)
+
+    def finished_round(self, line: Mapping[str, Any]) -> None:
+        """Tell each."""
+        for each in self._observers:
+            each.finished_round(line)

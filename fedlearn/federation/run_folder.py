@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,10 @@ from fedlearn.federation.checkpoint import RunState, load_checkpoint, save_check
 from fedlearn.files import TEMPORARY, write_atomic
 from fedlearn.scenario import load_config
 
-__all__ = ["RunFolder", "series"]
+__all__ = ["RunFolder", "panels", "series"]
+
+_REASONS = 4
+"""How many reasons for a missing answer have a line of their own in a picture."""
 
 
 class RunFolder:
@@ -177,6 +181,34 @@ def series(lines: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, lis
     for name in names:
         columns[name] = [line["metrics"].get(name) for line in lines]
     return rounds, columns
+
+
+def panels(
+    lines: Sequence[Mapping[str, Any]], *, secret_cohorts: bool = False
+) -> dict[str, dict[str, list[float | None]]]:
+    """Return what else there is to see of a run, by axis and name: who answered, where not always all; simulated time.
+
+    Of a round that was tried again, only the last try is seen. Where a cohort's size is part of what hides a client
+    (``secret_cohorts``), a picture that is shown around must not tell it.
+    """
+    found: dict[str, dict[str, list[float | None]]] = {}
+    reasons = Counter(code for line in lines for code in line["failures"].values())
+    if not secret_cohorts and (reasons or len({line["cohort"] for line in lines}) > 1):
+        clients: dict[str, list[float | None]] = {
+            "invited": [line["cohort"] for line in lines],
+            "answered": [line["respondents"] for line in lines],
+        }
+        counts = [Counter(line["failures"].values()) for line in lines]
+        named = [code for code, _ in reasons.most_common(_REASONS)]
+        for code in named:
+            clients[code] = [count[code] for count in counts]
+        if len(reasons) > _REASONS:
+            others = [code for code in reasons if code not in named]
+            clients["other reasons"] = [sum(count[code] for code in others) for count in counts]
+        found["clients"] = clients
+    if any("simulated_s" in line for line in lines):
+        found["simulated seconds"] = {"of each round": [line.get("simulated_s") for line in lines]}
+    return found
 
 
 def _dump(line: Mapping[str, Any]) -> str:

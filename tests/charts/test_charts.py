@@ -173,6 +173,20 @@ def test_any_number_of_rounds(rounds):
     assert all(f"{number:,}" in drawn for number in rounds)
 
 
+def test_what_else_there_is_has_a_panel_each_from_nought_up():
+    more = {"clients": {"answered": [90, 1234, None]}, "simulated seconds": {"of each round": [61.25, 70, 80.5]}}
+    svg = draw_history([1, 2, 3], HISTORY, title="t", more=more)
+    drawn = texts(svg)
+    assert {"loss", "score", "clients", "answered", "simulated seconds", "of each round"} <= set(drawn)
+    assert {"0.500", "0.750", "1,234", "80.5"} <= set(drawn), "the last values"
+    assert drawn.count("round") == 4
+    assert "0" in drawn
+    assert float(parse(svg).get("height").removesuffix("pt")) > 500, "below, not squeezed in"
+    only = texts(draw_history([1], {}, title="t", more={"clients": {"answered": [0]}}))
+    assert "nothing was measured" not in only
+    assert draw_history([1, 2, 3], HISTORY, title="t", more={}) == draw_history([1, 2, 3], HISTORY, title="t")
+
+
 def test_nothing_measured_is_said():
     assert "nothing was measured" in texts(draw_history([1], {}, title="t"))
 

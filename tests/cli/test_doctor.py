@@ -122,9 +122,15 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     assert doctor.check_simulation_extra().status is Status.warn
     assert ".[simulation]" in doctor.check_simulation_extra().next
-    optional = doctor.check_optional("onnx", ("onnx",), "exporting")
+    optional = doctor.check_optional("onnx", ("no-such-package",), "exporting")
     assert optional.status is Status.ok
     assert ".[onnx]" in optional.next
+
+
+def test_extras_that_are_there_are_found_by_the_names_that_pip_has_for_them() -> None:
+    found = doctor.check_optional("privacy", ("dp-accounting",), "accounting")
+    assert found.found.startswith("dp-accounting 0.")
+    assert not found.next
 
 
 def test_no_fork(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ class _Noon:
         return "noon"
 
 
-def _stopping(folder: object, observer: object) -> dict[str, Any]:
+def _stopping(folder: object, observer: object, **_) -> dict[str, Any]:
     """Stand in for an engine in which Ctrl-C is pressed."""
     raise KeyboardInterrupt
 

@@ -14,7 +14,7 @@ from fedlearn.algorithms import ServerState
 from fedlearn.config import RunConfig
 from fedlearn.errors import RunFailedError, RunUnreadableError, UsageError
 from fedlearn.federation.checkpoint import RunState, Totals
-from fedlearn.federation.run_folder import RunFolder, series
+from fedlearn.federation.run_folder import RunFolder, panels, series
 
 CONFIG = RunConfig.from_mapping({"task": "digits-mlp", "federation": {"clients": 3, "rounds": 9}})
 
@@ -220,3 +220,31 @@ def test_a_series_has_one_value_a_round_even_where_nothing_was_measured():
     lines = [line(1), {"round": 2, "metrics": {}, "train_loss": 2.0}, line(3)]
     assert series(lines) == ([1, 2, 3], {"train loss": [1.0, 2.0, 1.0], "accuracy": [0.1, None, 0.3]})
     assert series([]) == ([], {"train loss": []})
+
+
+def _answers(failures: dict[str, str], cohort: int = 10, **more: float) -> dict[str, object]:
+    return {"cohort": cohort, "respondents": cohort - len(failures), "failures": failures, **more}
+
+
+def test_a_picture_shows_who_answered_where_not_always_all_did():
+    assert panels([_answers({}), _answers({})]) == {}
+    assert panels([]) == {}
+    assert panels([_answers({}), _answers({}, cohort=9)]) == {"clients": {"invited": [10, 9], "answered": [10, 9]}}
+    found = panels([_answers({"1": "no-reply", "2": "no-reply"}), _answers({"1": "no-data"})])
+    assert found == {
+        "clients": {"invited": [10, 10], "answered": [8, 9], "no-reply": [2, 0], "no-data": [0, 1]},
+    }
+    many = panels([_answers({str(client): f"reason {client}" for client in range(6)})])["clients"]
+    assert len(many) == 7
+    assert many["other reasons"] == [2]
+
+
+def test_a_picture_does_not_tell_the_size_of_a_secret_cohort():
+    lines = [_answers({}, cohort=9), _answers({"1": "no-reply"})]
+    assert panels(lines)
+    assert panels(lines, secret_cohorts=True) == {}
+
+
+def test_a_picture_shows_simulated_time_where_there_is_one():
+    lines = [_answers({}), _answers({}, simulated_s=61.5)]
+    assert panels(lines, secret_cohorts=True) == {"simulated seconds": {"of each round": [None, 61.5]}}
