@@ -41,7 +41,9 @@ _MOST_COLUMNS = 240  # of the heat map; more clients share a column
 _MOST_LABEL_TICKS = 40
 
 
-def draw_partition(counts: NDArray[np.int64], label_names: Sequence[str], *, title: str) -> str:
+def draw_partition(
+    counts: NDArray[np.int64], label_names: Sequence[str], *, title: str, clients: Sequence[int] | None = None
+) -> str:
     """Draw how many examples of each label each client holds.
 
     Up to 60 clients and 30 labels: one bar a client, cut by label. Beyond that: a heat map of every
@@ -54,6 +56,7 @@ def draw_partition(counts: NDArray[np.int64], label_names: Sequence[str], *, tit
         counts: shape (clients, labels), not negative.
         label_names: one name a label.
         title: drawn on top, and read out by screen readers.
+        clients: the number of each row's client; ``None``: the rows are clients 0, 1, ….
 
     Returns:
         An SVG element, text.
@@ -76,10 +79,12 @@ def draw_partition(counts: NDArray[np.int64], label_names: Sequence[str], *, tit
     names = [plain(name, 24) for name in label_names]
     with style():
         few = counts.shape[0] <= _MOST_BARS and counts.shape[1] <= _MOST_FILLS
-        return svg((_bars_figure if few else _map_figure)(counts, names, title), title)
+        if not few:
+            return svg(_map_figure(counts, names, title), title)
+        return svg(_bars_figure(counts, names, title, clients or range(counts.shape[0])), title)
 
 
-def _bars_figure(counts: NDArray[np.int64], names: Sequence[str], title: str) -> Figure:
+def _bars_figure(counts: NDArray[np.int64], names: Sequence[str], title: str, shown: Sequence[int]) -> Figure:
     """Return one bar a client, cut by label, with the client's total at its end."""
     from matplotlib.patches import Patch, PathPatch
 
@@ -106,7 +111,7 @@ def _bars_figure(counts: NDArray[np.int64], names: Sequence[str], title: str) ->
     axes.set_xlim(0, max(1.0, 1.09 * float(totals.max())))
     axes.set_ylim(clients - 0.4, -0.6)
     whole_ticks(axes.xaxis, 8)
-    axes.set_yticks(range(clients), [str(client) for client in range(clients)], fontsize=8)
+    axes.set_yticks(range(clients), [str(client) for client in shown], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("examples")
     axes.set_ylabel("client")

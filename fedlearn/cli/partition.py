@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fedlearn.config import RunConfig
-    from fedlearn.data.loaders import Distribution
     from fedlearn.learning import Task
 
 __all__ = ["run"]
@@ -52,17 +51,26 @@ def run(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Holdings:
-    """What each client holds.
+    """What each client holds, or where data is made on demand, each of a sample.
 
     Attributes:
+        population: how many clients there are.
+        clients: those of the rows below, in ascending order.
         counts: examples by client and label, shape (clients, labels); one column where there are no labels.
         names: one name a label, none where there are no labels.
         tests: test examples of each client's own, shape (clients,), or ``None``.
     """
 
+    population: int
+    clients: Sequence[int]
     counts: NDArray[np.int64]
     names: tuple[str, ...]
     tests: NDArray[np.int64] | None
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether there are more clients than these."""
+        return len(self.clients) < self.population
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -73,12 +81,13 @@ class _Holdings:
     def to_json(self, config: RunConfig) -> dict[str, Any]:
         """Return what machines are told."""
         clients: list[dict[str, Any]] = []
-        for client, (row, size) in enumerate(zip(self.counts.tolist(), self.sizes.tolist(), strict=True)):
+        for index, (row, size) in enumerate(zip(self.counts.tolist(), self.sizes.tolist(), strict=True)):
             labels = dict(zip(self.names, row, strict=True)) if self.names else {}
-            clients.append({"client": client, "examples": size, "labels": labels})
+            clients.append({"client": self.clients[index], "examples": size, "labels": labels})
             if self.tests is not None:
-                clients[-1]["test_examples"] = int(self.tests[client])
-        return {"task": config.task, "seed": config.seed, "partition": config.data.partition, "clients": clients}
+                clients[-1]["test_examples"] = int(self.tests[index])
+        told = {"task": config.task, "seed": config.seed, "partition": config.data.partition, "clients": clients}
+        return {**told, "sample_of": self.population} if self.is_sample else told
 
 
 def _check_picture(out: Path) -> None:
@@ -92,33 +101,43 @@ def _check_picture(out: Path) -> None:
 
 
 def _deal(config: RunConfig) -> _Holdings:
-    """Deal the data out as a run would, and count."""
+    """Deal the data out as a run would, and count; where it is made on demand, count that of a sample."""
     import numpy as np
 
-    from fedlearn.data.loaders import distribute_data
+    from fedlearn.data.loaders import Dealt, distribute_data
     from fedlearn.tasks import load_task
 
     task = load_task(config.task)
     distribution = distribute_data(task, config)
-    counts, names = _counted(task, distribution)
-    tests = np.array([part.size for part in distribution.test], dtype=np.int64) if distribution.test else None
-    return _Holdings(counts=counts, names=names, tests=tests)
+    sizes = distribution.sizes()
+    tests = np.array(sizes.test, dtype=np.int64) if sizes.test else None
+    if isinstance(distribution, Dealt):
+        counts, names = _counted(task, distribution.pool.train.labels(), distribution.train)
+    else:
+        held = [distribution.client(client).train.labels() for client in sizes.clients]
+        known = [each for each in held if each is not None]
+        labels = np.concatenate(known) if len(known) == len(held) else None
+        ends = np.cumsum(sizes.train)
+        parts = [np.arange(end - size, end) for size, end in zip(sizes.train, ends.tolist(), strict=True)]
+        counts, names = _counted(task, labels, parts)
+    return _Holdings(population=distribution.clients, clients=sizes.clients, counts=counts, names=names, tests=tests)
 
 
-def _counted(task: Task, distribution: Distribution) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _counted(
+    task: Task, labels: NDArray[np.int64] | None, parts: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Return examples by client and label, and the labels' names: the task's own, or numbers."""
     import numpy as np
 
     from fedlearn.data import label_counts
 
-    labels = distribution.pool.train.labels()
     if labels is None:
-        return np.array([[part.size] for part in distribution.train], dtype=np.int64), ()
+        return np.array([[part.size] for part in parts], dtype=np.int64), ()
     given = tuple(str(name) for name in task.label_names)
-    total = max(len(given), int(labels.max()) + 1)
+    total = max(len(given), int(labels.max(initial=-1)) + 1)
     named = len(given) == total and len(set(given)) == total
     names = given if named else tuple(str(label) for label in range(total))
-    return label_counts(distribution.train, labels, total), names
+    return label_counts(parts, labels, total), names
 
 
 def _draw(holdings: _Holdings, config: RunConfig, out: Path) -> Path:
@@ -126,14 +145,16 @@ def _draw(holdings: _Holdings, config: RunConfig, out: Path) -> Path:
     from fedlearn.charts import draw_partition
     from fedlearn.files import write_atomic
 
-    svg = draw_partition(holdings.counts, holdings.names or ("all",), title=_title(holdings, config))
+    svg = draw_partition(
+        holdings.counts, holdings.names or ("all",), title=_title(holdings, config), clients=holdings.clients
+    )
     write_atomic(out, svg.encode())
     return out
 
 
 def _title(holdings: _Holdings, config: RunConfig) -> str:
     """Say what was dealt out, to how many, and how."""
-    data, clients = config.data, len(holdings.counts)
+    data, clients = config.data, holdings.population
     scheme = {
         "dirichlet": f"Dirichlet({data.alpha:g})",
         "quantity": f"unequal quantity, alpha {data.alpha:g}",
@@ -142,6 +163,10 @@ def _title(holdings: _Holdings, config: RunConfig) -> str:
         "iid": "IID",
     }[data.partition]
     noun = "client" if clients == 1 else "clients"
+    if holdings.is_sample:
+        mean = holdings.sizes.mean()
+        some = f"{len(holdings.clients)} of {clients:,} {noun}, each's data made on demand"
+        return f"{config.task}: {some}, {mean:,.1f} examples on average, seed {config.seed}"
     return f"{config.task}: {int(holdings.counts.sum()):,} examples, {clients:,} {noun}, {scheme}, seed {config.seed}"
 
 
@@ -155,8 +180,9 @@ def _show(holdings: _Holdings, config: RunConfig, picture: Path) -> None:
     stdout = console()
     stdout.print(f"\n{_title(holdings, config)}", style="bold", soft_wrap=True)
     clients = len(holdings.counts)
-    if clients > _MOST_ROWS:
+    if clients > _MOST_ROWS or holdings.is_sample:
         stdout.print(_summary(holdings))
+    if clients > _MOST_ROWS:
         stdout.print(f"The first {_FIRST_ROWS} of {clients:,} clients", style="dim")
     stdout.print(_rows(holdings, _FIRST_ROWS if clients > _MOST_ROWS else clients))
     stdout.print(f"Picture: {picture}", soft_wrap=True)
@@ -169,16 +195,17 @@ def _rows(holdings: _Holdings, rows: int) -> Any:
     names, sizes = holdings.names, holdings.sizes
     wide = len(names) > _MOST_COLUMNS
     columns = ["client", "examples", *(["labels", "most of"] if wide else [_short(name) for name in names])]
+    everyone = rows == len(holdings.counts) and not holdings.is_sample
     body = []
-    for client in range(rows):
-        row = holdings.counts[client]
+    for index in range(rows):
+        row = holdings.counts[index]
         cells = _outstanding(row, names) if wide else [f"{n:,}" if n else "·" for n in row.tolist()]
-        body.append([str(client), f"{sizes[client]:,}", *(cells if names else [])])
+        body.append([str(holdings.clients[index]), f"{sizes[index]:,}", *(cells if names else [])])
     if holdings.tests is not None:
         columns.append("test")
         for cells, tests in zip(body, holdings.tests.tolist(), strict=False):
             cells.append(f"{tests:,}")
-    return table(columns, body, totals=_totals(holdings, wide=wide) if rows == len(holdings.counts) else ())
+    return table(columns, body, totals=_totals(holdings, wide=wide) if everyone else ())
 
 
 def _totals(holdings: _Holdings, *, wide: bool) -> list[str]:

@@ -14,7 +14,7 @@ from fedlearn.cli.arguments import AsJson, Overrides, Source
 if TYPE_CHECKING:
     from fedlearn.algorithms import Algorithm
     from fedlearn.config import RunConfig
-    from fedlearn.data.loaders import Distribution
+    from fedlearn.data.loaders import Distribution, Sizes
     from fedlearn.learning import Examples, FlatModel, Task
 
 __all__ = ["run"]
@@ -50,6 +50,7 @@ class _Setting:
     algorithm: Algorithm
     model: FlatModel
     distribution: Distribution
+    sizes: Sizes
     test: Examples | None
 
     @property
@@ -67,9 +68,14 @@ class _Setting:
         return asks_clients(self.config, self.test)
 
     @property
+    def tester(self) -> int:
+        """A client that has test examples of its own."""
+        return next(client for client, size in zip(self.sizes.clients, self.sizes.test, strict=True) if size)
+
+    @property
     def answered(self) -> float:
         """The expected share of requests that are answered."""
-        return 1.0 - self.config.faults.drop
+        return self.config.faults.answered
 
 
 def _setting(config: RunConfig) -> _Setting:
@@ -85,12 +91,14 @@ def _setting(config: RunConfig) -> _Setting:
     algorithm = build_algorithm(
         training.algorithm, server_learning_rate=training.server_learning_rate, options=training.options
     )
+    distribution = distribute_data(task, config)
     return _Setting(
         config=config,
         task=task,
         algorithm=algorithm,
         model=build_flat_model(task, SeedTree.root(config.seed).child("initialise")),
-        distribution=distribute_data(task, config),
+        distribution=distribution,
+        sizes=distribution.sizes(),
         test=central_test(task, config),
     )
 
@@ -100,8 +108,8 @@ def _plan(config: RunConfig) -> dict[str, Any]:
     from fedlearn.learning import local_steps
 
     setting = _setting(config)
-    sizes = [part.size for part in setting.distribution.train]
-    steps = [local_steps(size, config.training) for size in sizes]
+    sizes = setting.sizes.train
+    steps = [local_steps(size, config.training) if size else 0 for size in sizes]
     clock = _timed(setting, sizes, steps)
     federation = config.federation
     return {
@@ -116,6 +124,7 @@ def _plan(config: RunConfig) -> dict[str, Any]:
         **_traffic(setting),
         "examples_per_client": _spread(sizes),
         "local_steps_per_round": _spread(steps),
+        **({"sampled_clients": len(sizes)} if len(sizes) < federation.clients else {}),
         **clock,
         "secagg": config.secagg.mode,
         "privacy": _promise(setting),
@@ -188,7 +197,7 @@ def _promise_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _traffic(setting: _Setting) -> dict[str, Any]:
     """Return the bytes that the run will count: the sizes of the very records that it will exchange.
 
-    Exact where no fault is asked for and no round is repeated. With ``faults.drop`` it is the expected number,
+    Exact where no fault is asked for and no round is repeated. With faults it is the expected number,
     without the tries that a round may need again.
     """
     federation = setting.config.federation
@@ -269,7 +278,7 @@ def _who_evaluates(setting: _Setting) -> str:
     """Return who measures the model: ``server``, ``clients``, ``both`` or ``nobody``."""
     if not setting.asks_clients:
         return "server" if setting.test is not None else "nobody"
-    if not setting.distribution.test:
+    if not setting.sizes.test:
         return "server" if setting.test is not None else "nobody"
     return "both" if setting.test is not None else "clients"
 
@@ -311,9 +320,9 @@ def _reply_bytes(setting: _Setting) -> tuple[int, int]:
     spec = setting.model.spec
     numbers = dict.fromkeys(reply_numbers(setting.config), 0)
     train = size_bytes(train_reply_records(np.zeros(spec.size, dtype=spec.dtype), numbers))
-    if not setting.asks_clients or not setting.distribution.test:
+    if not setting.asks_clients or not setting.sizes.test:
         return train, 0
-    own = setting.task.prepare(setting.distribution.client(0)).test
+    own = setting.task.prepare(setting.distribution.client(setting.tester)).test
     names = _evaluated(setting, own)[1] if own is not None and len(own) else {}
     if setting.config.privacy.unit != "none":
         return train, size_bytes(evaluate_reply_records(dict.fromkeys(setting.task.metric_names, 0.0)))
@@ -327,16 +336,19 @@ def _timed(setting: _Setting, sizes: Sequence[int], steps: Sequence[int]) -> dic
     """Estimate the run's minutes from less than about a second of one client's training on this machine."""
     config = setting.config
     federation = config.federation
-    client = sizes.index(median_low(sizes))
-    client_s = _step_s(setting, client, steps[client]) * sum(steps) / len(steps)
+    index = sizes.index(median_low(sizes))
+    client = setting.sizes.clients[index]
+    client_s = _step_s(setting, client, steps[index]) * sum(steps) / len(steps)
     processes = min(max(config.simulation.workers, 1), os.cpu_count() or 1)
     train_s = federation.rounds * federation.cohort * setting.answered * client_s / processes
+    step_ms = 1000 * client_s * len(steps) / max(sum(steps), 1)
+    of_sample = f" of a sample of {len(sizes)}" if len(sizes) < federation.clients else ""
     minutes = (train_s + len(setting.rounds_evaluated) * _evaluation_s(setting)) / 60
     return {
         "estimated_minutes": round(minutes, 4),
         "estimate": (
-            f"client {client} ({sizes[client]} examples, the median) was trained for a moment on this machine; its "
-            f"time a step, {1000 * client_s * len(steps) / sum(steps):.3g} ms, times the mean number of steps, "
+            f"client {client} ({sizes[index]} examples, the median{of_sample}) was trained for a moment on this "
+            f"machine; its time a step, {step_ms:.3g} ms, times the mean number of steps, "
             f"{federation.cohort} clients, {federation.rounds} rounds"
             + (f", over {processes} processes" if processes > 1 else "")
             + "; loading and messages come on top"
@@ -375,12 +387,12 @@ def _step_s(setting: _Setting, client: int, steps: int) -> float:
 
 def _evaluation_s(setting: _Setting) -> float:
     """Return the seconds of measuring the model once, wherever it is measured."""
-    distribution, seconds = setting.distribution, 0.0
+    tests, seconds = setting.sizes.test, 0.0
     if setting.test is not None:
         seconds += _evaluated(setting, setting.test)[0] * len(setting.test)
-    if setting.asks_clients and distribution.test:
-        own = setting.task.prepare(distribution.client(0)).test
-        mean = sum(part.size for part in distribution.test) / len(distribution.test)
+    if setting.asks_clients and tests:
+        own = setting.task.prepare(setting.distribution.client(setting.tester)).test
+        mean = sum(tests) / len(tests)
         if own is not None and len(own):
             seconds += _evaluated(setting, own)[0] * mean * setting.config.federation.cohort
     return seconds
@@ -426,7 +438,7 @@ def _show(plan: Mapping[str, Any]) -> None:
             "server",
             f"receives {bytes_text(plan['server_received_bytes'])}, sends {bytes_text(plan['server_sent_bytes'])}",
         ),
-        ("examples", f"a client: {spread('examples_per_client')}"),
+        ("examples", f"a client: {spread('examples_per_client')}{_of_sample(plan)}"),
         ("local steps", f"a client and round: {spread('local_steps_per_round')}"),
         ("measured by", _MEASURED_BY[plan["evaluation"]]),
         *_promise_rows(plan),
@@ -435,6 +447,11 @@ def _show(plan: Mapping[str, Any]) -> None:
     stdout.print()
     stdout.print(facts(rows, title=f"Plan: {plan['task']}, seed {plan['seed']}", headline=1))
     stdout.print(f"\nThe time is an estimate: {plan['estimate']}.", style="dim")
+
+
+def _of_sample(plan: Mapping[str, Any]) -> str:
+    """Say how many clients were looked at, where that is not all of them."""
+    return f", of {plan['sampled_clients']} clients looked at" if "sampled_clients" in plan else ""
 
 
 _MEASURED_BY = {

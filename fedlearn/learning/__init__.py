@@ -1,7 +1,7 @@
 """Training on one client: the task, the flat model, the trainer."""
 
 from fedlearn.learning.model import FlatModel, build_flat_model, computing
-from fedlearn.learning.task import ClientData, Examples, Pool, Task, check_prepare, prepares
+from fedlearn.learning.task import ClientData, Examples, Pool, Task, check_prepare, makes_clients, prepares
 from fedlearn.learning.trainer import Evaluation, Trained, evaluate, local_steps, train
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "computing",
     "evaluate",
     "local_steps",
+    "makes_clients",
     "prepares",
     "train",
 ]

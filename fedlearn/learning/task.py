@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedlearn.errors import DataError, FedlearnError, TaskError
 
-__all__ = ["ClientData", "Examples", "Pool", "Task", "check_prepare", "prepares", "task_code"]
+__all__ = ["ClientData", "Examples", "Pool", "Task", "check_prepare", "makes_clients", "prepares", "task_code"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Examples:
             raise TaskError(f"groups needs shape ({len(self.inputs)},), one natural id an example")
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return self.inputs.shape[0]
 
     def take(self, index: NDArray[np.int64]) -> Examples:
         """Return a copy of the examples at ``index``."""
@@ -119,7 +119,7 @@ def task_code(task: object, method: str) -> Iterator[None]:
 class Task(Protocol):
     """A learning problem: model, loss, metrics, data. Subclass it in one file; no argument to ``__init__``.
 
-    Required: ``build_model``, ``loss`` and, to simulate, ``load_pool``. The rest has defaults.
+    Required: ``build_model``, ``loss`` and, to simulate, ``load_pool`` or ``load_client``. The rest has defaults.
     """
 
     label_names: Sequence[str] = ()
@@ -158,6 +158,24 @@ class Task(Protocol):
         """Return the data that a simulation deals out; ``path`` is ``data.path`` of the scenario."""
         raise TaskError(f"{type(self).__name__} has no load_pool, so it cannot be simulated")
 
+    def load_client(self, client: int, clients: int, path: Path | None) -> ClientData:
+        """Return what client ``client`` of ``clients`` holds, made or read when it is asked for: no pool is dealt out.
+
+        For populations that fit in no memory: with ``data.partition = "natural"`` a simulation asks for a client's data
+        each time that client is invited, in whichever process trains it, and lets go of it afterwards.
+
+        It must be the same data each time, whoever was asked before. It is called under seeds of the client's own, so
+        that what it draws from the global generators of torch, NumPy or Python is. What all clients have in common must
+        not come from them: make it from a fixed seed, once (see ``simulations/populations/task.py``). Nothing is
+        copied, so what several clients share must not be changed in place.
+
+        Args:
+            client: from 0 to ``clients - 1``.
+            clients: ``federation.clients``.
+            path: ``data.path`` of the scenario.
+        """
+        raise TaskError(f"{type(self).__name__} has no load_client, so it makes no data on demand")
+
     def load_test(self, path: Path | None) -> Examples | None:
         """Return central test examples, or ``None`` where there are none (then clients validate)."""
         del path
@@ -173,6 +191,11 @@ class Task(Protocol):
         What it draws at random is the same in every round: a split into training and test examples stays one.
         """
         return data
+
+
+def makes_clients(task: Task) -> bool:
+    """Return whether a task makes each client's data when it is asked for."""
+    return type(task).load_client is not Task.load_client
 
 
 def prepares(task: Task) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from fedlearn.privacy.gaussian import bernoulli
 from fedlearn.privacy.noise import Keystream
 from fedlearn.privacy.releases import Sampling
@@ -89,7 +91,7 @@ def draw_poisson(population: Sequence[int], rate: float, stream: Keystream) -> D
         raise ValueError(f"the sampling rate must be in (0, 1], got {rate}")
     clients = _distinct(population)
     chosen = bernoulli(stream, rate, len(clients))
-    cohort = tuple(client for client, invited in zip(clients, chosen, strict=True) if invited)
+    cohort = tuple(clients[index] for index in np.flatnonzero(chosen).tolist())
     return Draw(cohort=cohort, population=len(clients), method="poisson", rate=rate)
 
 
@@ -115,12 +117,30 @@ def draw_separated(
         seeds: where the order comes from; no secret, since nothing is claimed of it.
     """
     clients = _distinct(population)
-    due = [each for each in clients if each not in last_round or round_number - last_round[each] >= min_separation]
+    due = _due(clients, round_number=round_number, last_round=last_round, min_separation=min_separation)
     chosen = seeds.generator().permutation(len(due))[:size]
     cohort = tuple(sorted(due[int(index)] for index in chosen))
     return Draw(cohort=cohort, population=len(clients), method="separated", rate=len(cohort) / max(len(clients), 1))
 
 
-def _distinct(population: Sequence[int]) -> list[int]:
-    """Return the clients in ascending order, each once: one that is enrolled twice under one name is one client."""
+def _due(
+    clients: Sequence[int], *, round_number: int, last_round: Mapping[int, int], min_separation: int
+) -> Sequence[int]:
+    """Return the clients that rested long enough, in ascending order."""
+    resting = {client for client, last in last_round.items() if round_number - last < min_separation}
+    if not isinstance(clients, range):
+        return [client for client in clients if client not in resting]
+    rested = np.ones(len(clients), dtype=np.bool_)
+    rested[[clients.index(client) for client in resting if client in clients]] = False
+    due: list[int] = (np.flatnonzero(rested) + clients.start).tolist()
+    return due
+
+
+def _distinct(population: Sequence[int]) -> Sequence[int]:
+    """Return the clients in ascending order, each once: one that is enrolled twice under one name is one client.
+
+    A range without gaps is that already, and stays one: of a simulation's 100,000 clients no list is made.
+    """
+    if isinstance(population, range) and population.step == 1:
+        return population
     return sorted(set(population))

@@ -98,6 +98,65 @@ def test_many_labels_show_what_stands_out(fedlearn: Callable[..., Result], tmp_p
     assert len(body["clients"][0]["labels"]) == 24
 
 
+MADE = """
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from fedlearn.learning import ClientData, Examples, Task
+
+class Made(Task):
+    '''Data on demand: client k holds 1 + k % 3 examples of label k % 2, and clients divisible by 3 one to test on.'''
+
+    def build_model(self):
+        return nn.Linear(2, 2)
+
+    def loss(self, output, target):
+        return functional.cross_entropy(output, target, reduction="none")
+
+    def load_client(self, client, clients, path):
+        size = 1 + client % 3
+        train = Examples(torch.randn(size, 2), torch.full((size,), client % 2))
+        return ClientData(train, train if size == 1 else None)
+"""
+
+
+def test_of_data_on_demand_a_sample_is_shown(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "made.py").write_text(MADE)
+    words = ("made.py", "--set", "federation.clients=100000", "--set", "data.partition=natural")
+    body = told(fedlearn("partition", *words, "--json"))
+    assert body["sample_of"] == 100_000
+    assert len(body["clients"]) == 32
+    for each in body["clients"]:
+        client, size = each["client"], each["examples"]
+        assert size == 1 + client % 3
+        assert each["labels"] == {"0": size * (client % 2 == 0), "1": size * (client % 2 == 1)}
+        assert each["test_examples"] == (size == 1)
+    assert body["clients"][-1]["client"] == 99_999
+    code, out, _ = fedlearn("partition", *words)
+    assert code == 0
+    assert "32 of 100,000 clients, each's data made on demand" in out
+    assert "examples a client" in out
+    rows = [line.split() for line in out.splitlines()]
+    assert ["99999", "1", "·", "1", "1"] in rows
+    assert not any(row[:1] == ["all"] for row in rows), "a sample has no totals"
+    assert "99999" in (tmp_path / "partition.svg").read_text()
+
+
+def test_a_plan_of_data_on_demand_looks_at_a_sample(fedlearn: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "made.py").write_text(MADE)
+    sizes = ("--set", "federation.clients=100000", "--set", "federation.cohort=10", "--set", "federation.rounds=1")
+    words = ("made.py", *sizes, "--set", "data.partition=natural")
+    plan = told(fedlearn("plan", *words, "--json"))
+    assert plan["sampled_clients"] == 32
+    assert plan["examples_per_client"]["max"] <= 3
+    assert plan["evaluation"] == "clients"
+    code, out, _ = fedlearn("plan", *words)
+    assert code == 0
+    assert "of 32 clients looked at" in out
+    assert "the median of a sample of 32" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(("name", "why"), [("who.png", "SVG"), ("nowhere/who.svg", "no folder")])
 def test_a_picture_that_cannot_be_written_is_refused(fedlearn: Callable[..., Result], name: str, why: str) -> None:
     code, _, err = fedlearn("partition", "--out", name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
+import tracemalloc
 import zipfile
 from itertools import chain
 from pathlib import Path
@@ -14,9 +16,9 @@ import torch
 
 from fedlearn.config import RunConfig
 from fedlearn.data import SCHEMES
-from fedlearn.data.loaders import Distribution, distribute_data, load_arrays, require_sklearn
-from fedlearn.errors import ConfigError, DataError, DependencyError
-from fedlearn.learning import Examples, Pool, Task
+from fedlearn.data.loaders import Dealt, OnDemand, distribute_data, load_arrays, require_sklearn
+from fedlearn.errors import ConfigError, DataError, DependencyError, TaskError
+from fedlearn.learning import ClientData, Examples, Pool, Task
 
 GROUPS = np.array(["berlin", "lyon", "turin", "kyiv"])
 
@@ -49,7 +51,7 @@ def grouped(count: int = 41, tests: int | None = 22) -> Pool:
     return Pool(train, None if tests is None else examples(tests, groups=GROUPS[np.arange(tests)[::-1] % 4]))
 
 
-def numbers(held: Distribution, which: str) -> list[list[int]]:
+def numbers(held: Dealt, which: str) -> list[list[int]]:
     """Return the numbers of the examples that every client really gets."""
     clients = [getattr(held.client(index), which) for index in range(len(held.train))]
     return [each.inputs[:, 0].int().tolist() for each in clients]
@@ -159,6 +161,110 @@ def test_the_tasks_data_is_read_once_from_the_path_of_the_scenario() -> None:
     held.client(0)
     distribute_data(task, config("iid"))
     assert task.paths == [Path("some/where"), None]
+
+
+def test_the_sizes_of_a_dealt_pool_are_all_clients() -> None:
+    held = distribute_data(Pooled(grouped()), config("natural"))
+    assert held.clients == 4
+    sizes = held.sizes()
+    assert list(sizes.clients) == [0, 1, 2, 3]
+    assert (sum(sizes.train), sum(sizes.test)) == (41, 22)
+    assert distribute_data(Pooled(grouped(tests=None)), config("natural")).sizes().test == ()
+
+
+# -- data on demand ------------------------------------------------------------------------------------------------
+
+
+class Made(Task):
+    """A task that makes what a client holds from all three global generators."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, Path | None]] = []
+
+    def load_client(self, client: int, clients: int, path: Path | None) -> ClientData:
+        self.asked.append((client, clients, path))
+        drawn = torch.tensor([[float(torch.rand(())), np.random.random(), random.random()]])
+        return ClientData(Examples(drawn.repeat(1 + client % 3, 1), torch.full((1 + client % 3,), client)))
+
+
+class Both(Made):
+    """A task with a pool, too."""
+
+    def load_pool(self, path: Path | None) -> Pool:
+        return grouped()
+
+
+def test_a_client_is_made_when_asked_and_is_the_same_whoever_was_asked_before() -> None:
+    task = Made()
+    held = distribute_data(task, config("natural", clients=100_000, path="somewhere"))
+    assert isinstance(held, OnDemand)
+    assert held.clients == 100_000
+    assert task.asked == [(0, 100_000, Path("somewhere"))], "the first, to see that it can be"
+    first = [held.client(index).train for index in (99_999, 7, 0)]
+    torch.rand(5), np.random.random(5), random.random()
+    again = [
+        distribute_data(Made(), config("natural", clients=100_000)).client(index).train for index in (0, 7, 99_999)
+    ]
+    for one, same in zip(first, reversed(again), strict=True):
+        assert torch.equal(one.inputs, same.inputs)
+        assert torch.equal(one.targets, same.targets)
+    assert len({float(each.inputs[0, 0]) for each in first}) == 3
+    other = distribute_data(Made(), config("natural", clients=100_000, seed=1)).client(7).train
+    assert not torch.equal(other.inputs, first[1].inputs)
+
+
+def test_making_a_client_leaves_the_global_generators_as_they_were() -> None:
+    held = distribute_data(Made(), config("natural"))
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    held.client(1)
+    assert torch.rand(()) == expected
+
+
+def test_nothing_of_the_size_of_the_population_is_held() -> None:
+    tracemalloc.start()
+    held = distribute_data(Made(), config("natural", clients=10**9))
+    for index in range(0, 10**9, 10**7):
+        held.client(index)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2_000_000
+
+
+def test_sizes_are_those_of_a_sample_from_end_to_end() -> None:
+    task = Made()
+    sizes = distribute_data(task, config("natural", clients=100_000)).sizes()
+    assert len(sizes.clients) == 32
+    assert (sizes.clients[0], sizes.clients[-1]) == (0, 99_999)
+    assert list(sizes.train) == [1 + client % 3 for client in sizes.clients]
+    assert sizes.test == ()
+    assert list(distribute_data(Made(), config("natural", clients=3)).sizes().clients) == [0, 1, 2]
+
+
+def test_a_pool_is_dealt_out_where_it_is_asked_for_and_there_is_one() -> None:
+    assert isinstance(distribute_data(Both(), config("natural")), OnDemand)
+    assert isinstance(distribute_data(Both(), config("iid")), Dealt)
+    with pytest.raises(ConfigError, match='must be "natural", not "iid"') as caught:
+        distribute_data(Made(), config("iid"))
+    assert caught.value.key == "data.partition"
+
+
+def test_what_goes_wrong_is_said_before_any_round() -> None:
+    class Broken(Made):
+        def load_client(self, client: int, clients: int, path: Path | None) -> ClientData:
+            raise FileNotFoundError("no such shard")
+
+    class Wrong(Made):
+        def load_client(self, client: int, clients: int, path: Path | None) -> ClientData:
+            return examples(3)  # type: ignore[return-value]
+
+    with pytest.raises(DataError, match=r"Broken\.load_client: no such shard"):
+        distribute_data(Broken(), config("natural"))
+    with pytest.raises(TaskError, match=r"load_client returned Examples; it must return ClientData"):
+        distribute_data(Wrong(), config("natural"))
+    with pytest.raises(ValueError, match="there is no client 4"):
+        distribute_data(Made(), config("natural")).client(4)
 
 
 # -- load_arrays ---------------------------------------------------------------------------------------------------

@@ -180,6 +180,23 @@ def test_a_cohort_with_a_client_twice_is_none(cohort):
         Draw(cohort=cohort, population=3, method="poisson", rate=0.5)
 
 
+# -- populations that are never listed -------------------------------------------------------------------------------
+
+
+@given(first=st.integers(0, 5), clients=st.integers(1, 60), size=st.integers(1, 60), number=st.integers(1, 9))
+def test_a_range_is_drawn_from_as_the_list_of_its_clients_is(first, clients, size, number):
+    there, seeds, size = range(first, first + clients), SeedTree.root(3).child(number), min(size, clients)
+    listed = list(there)
+    assert draw_cohort(there, size, seeds) == draw_cohort(listed, size, seeds)
+    assert draw_poisson(there, 0.3, Keystream(bytes(32))) == draw_poisson(listed, 0.3, Keystream(bytes(32)))
+    last = {client: 1 + client % number for client in range(0, first + clients + 5, 2)}  # some of them are gone
+    one, same = (
+        draw_separated(each, size, round_number=number, last_round=last, min_separation=3, seeds=seeds)
+        for each in (there, listed)
+    )
+    assert one == same
+
+
 # -- separated -----------------------------------------------------------------------------------------------------
 
 
