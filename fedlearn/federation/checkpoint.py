@@ -27,9 +27,10 @@ _VERSION = "2"
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What a run has cost so far, over all its resumptions."""
+    """What a run has cost so far, over all its resumptions; ``simulated_s`` is what a simulated clock shows."""
 
     wall_s: float = 0.0
+    simulated_s: float = 0.0
     client_updates: int = 0
     upload_bytes: int = 0
     download_bytes: int = 0

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -19,7 +20,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.run import Run
 
-from fedlearn.flower.grid import LocalGrid, _interrupted_after
+from fedlearn.flower.faults import Fate, SimulatedClock
+from fedlearn.flower.grid import LocalGrid, NoFaults, _interrupted_after
+from fedlearn.flower.tampering import payload_bytes, tampered
 from fedlearn.flower.workers import Answer, Outcome
 from fedlearn.sources import ManualClock
 
@@ -50,8 +53,8 @@ def content(value=0.0) -> RecordDict:
     return RecordDict({"model": ArrayRecord({"vector": Array(vector)}), "config": ConfigRecord({"round": 1})})
 
 
-def messages(nodes=range(1, NODES + 1), shared=None, ttl=60.0) -> list[Message]:
-    return [Message(shared or content(node), node, "train", ttl=ttl, group_id="1.1") for node in nodes]
+def messages(nodes=range(1, NODES + 1), shared=None, ttl=60.0, group="1.1") -> list[Message]:
+    return [Message(shared or content(node), node, "train", ttl=ttl, group_id=group) for node in nodes]
 
 
 @pytest.fixture
@@ -430,8 +433,10 @@ def test_an_alarm_that_rings_at_any_moment_stays_inside_and_leaves_nothing_behin
 
 
 def test_no_more_workers_are_forked_than_there_are_clients(start):
-    assert len(start(workers=40, clients=2)._pool._workers) == 2
-    assert len(start(workers=2, clients=40)._pool._workers) == 2
+    for workers, clients in ((40, 2), (2, 40)):
+        grid = start(workers=workers, clients=clients)
+        list(grid.send_and_receive(messages([1, 2]), timeout=60))
+        assert len(grid._pool._workers) == 2
 
 
 def test_a_caller_that_stops_listening_leaves_no_worker_busy(start):
@@ -467,7 +472,9 @@ def test_somebody_elses_alarm_still_rings_when_it_would_have(start, workers):
 
 def test_closing_ends_every_worker(start):
     grid = start(workers=3)
+    list(grid.send_and_receive(messages(), timeout=60))
     processes = [worker.process.pid for worker in grid._pool._workers]
+    assert len(processes) == 3
     grid.close()
     grid.close()
     for pid in processes:
@@ -518,7 +525,7 @@ def test_what_a_client_keeps_it_finds_again_and_nobody_else_does(start, workers)
     assert times([1, 2, 3, 4]) == [3, 2, 3, 1]
 
 
-class DropsTwo:
+class DropsTwo(NoFaults):
     """Nodes of client 1 never answer."""
 
     def drops(self, group: str, client: int, kind: str) -> bool:
@@ -531,6 +538,205 @@ def test_a_message_that_is_dropped_gets_flowers_error_and_its_client_never_works
     replies = list(start(dying, workers=workers, faults=DropsTwo()).send_and_receive(messages(), timeout=60))
     assert [reply.has_error() for reply in replies] == [False, True, False, False, False]
     assert replies[1].error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+
+
+# -- what goes wrong on purpose ------------------------------------------------------------------------------------
+
+
+class Fates(NoFaults):
+    """What becomes of the messages to some clients, in the first round."""
+
+    def __init__(self, **fates: Fate) -> None:
+        self.fates = {int(name.removeprefix("client")): fate for name, fate in fates.items()}
+
+    def fate(self, group: str, client: int, kind: str) -> Fate:
+        return self.fates.get(client, Fate()) if group == "1.1" else Fate()
+
+
+@EVERYWHERE
+def test_a_reply_that_is_lost_leaves_its_client_with_what_it_kept(start, workers):
+    faults = Fates(client1=Fate(lost="after"), client2=Fate(lost="before"), client3=Fate(crashes=True))
+    grid = start(remembering, workers=workers, faults=faults)
+    sent = messages()
+    replies = list(grid.send_and_receive(sent, timeout=60))
+    check_answers(sent, replies)
+    assert [reply.has_error() for reply in replies] == [False, True, True, True, False]
+    codes = [reply.error.code for reply in replies[1:4]]
+    assert codes == [*[ErrorCode.REPLY_MESSAGE_UNAVAILABLE] * 2, ErrorCode.CLIENT_APP_CRASHED]
+    again = grid.send_and_receive(messages(group="2.1"), timeout=60)
+    assert [reply.content.metric_records["memory"]["times"] for reply in again] == [2, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_client_that_crashes_takes_its_worker_with_it(start, workers):
+    grid = start(workers=workers, faults=Fates(client0=Fate(crashes=True)))
+    list(grid.send_and_receive(messages(group="2.1"), timeout=60))
+    before = {worker.process.pid for worker in grid._pool._workers}
+    list(grid.send_and_receive(messages(), timeout=60))
+    assert len(before) == workers
+    assert len(before - {worker.process.pid for worker in grid._pool._workers}) == 1
+
+
+@EVERYWHERE
+def test_a_reply_that_is_duplicated_comes_twice_and_is_the_same(start, workers):
+    grid = start(
+        workers=workers, faults=Fates(client1=Fate(duplicated=True), client2=Fate(duplicated=True, lost="after"))
+    )
+    replies = list(grid.send_and_receive(messages(), timeout=60))
+    assert [0 if reply.has_error() else node_of(reply) for reply in replies] == [1, 2, 2, 0, 4, 5]
+    assert replies[1].metadata.message_id == replies[2].metadata.message_id
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("attack", ["nan", "wrong-shape", "scale"])
+def test_a_reply_is_damaged_on_its_way_and_nothing_else_is(start, workers, attack):
+    grid = start(workers=workers, faults=Fates(client1=Fate(attack=attack, factor=-2.0, where=0.999)))
+    whole, damaged = (
+        list(start().send_and_receive(messages(shared=content(0.5)), timeout=60)),
+        list(grid.send_and_receive(messages(shared=content(0.5)), timeout=60)),
+    )
+    for node, (one, other) in enumerate(zip(whole, damaged, strict=True), start=1):
+        sent, came = one.content.array_records["model"]["vector"], other.content.array_records["model"]["vector"]
+        assert dict(one.content.metric_records["numbers"]) == dict(other.content.metric_records["numbers"])
+        if node != 2:
+            assert came.data == sent.data
+        elif attack == "nan":
+            assert np.flatnonzero(np.isnan(came.numpy())).tolist() == [999]
+        elif attack == "scale":
+            np.testing.assert_array_equal(came.numpy(), -2.0 * sent.numpy())
+        else:
+            assert tuple(came.shape) != tuple(sent.shape)
+
+
+def test_there_are_several_wrong_shapes_and_an_error_is_not_damaged(start):
+    (reply,) = start().send_and_receive(messages([1]), timeout=60)
+    shapes = {
+        tuple(tampered(reply, Fate(attack="wrong-shape", where=where)).content.array_records["model"]["vector"].shape)
+        for where in (0.0, 0.3, 0.6, 0.9)
+    }
+    assert shapes == {(999,), (1001,), (1, 1000), (0,)}
+    assert tuple(reply.content.array_records["model"]["vector"].shape) == (1000,)
+    (error,) = start(quarrelsome).send_and_receive(messages([2]), timeout=60)
+    assert tampered(error, Fate(attack="nan")) is error
+
+
+# -- a population that nobody counts ---------------------------------------------------------------------------------
+
+
+def test_clients_and_nodes_are_told_from_each_other_without_asking(start):
+    grid = start()
+    assert [grid.client_of(node) for node in grid.get_node_ids()] == [0, 1, 2, 3, 4] == list(grid.present())
+    assert [grid.node_of(client) for client in grid.present()] == list(grid.get_node_ids())
+    for wrong in (-1, 5):
+        with pytest.raises(ValueError, match="no node"):
+            grid.node_of(wrong)
+        with pytest.raises(ValueError, match="no node"):
+            grid.client_of(wrong + 1)
+    assert grid.node_config_of(3) == {"partition-id": 3, "num-partitions": 5}
+    assert start(node_config={"max-epsilon": 2.0}).node_config_of(0)["max-epsilon"] == 2.0
+
+
+def test_a_hundred_thousand_clients_cost_nothing_until_they_are_asked(start):
+    tracemalloc.start()
+    try:
+        grid = start(clients=100_000)
+        assert (len(grid.get_node_ids()), len(grid.present()), grid.node_of(99_999)) == (100_000, 100_000, 100_000)
+        replies = list(grid.send_and_receive(messages([7, 100_000]), timeout=60))
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+    assert [node_of(reply) for reply in replies] == [7, 100_000]
+    assert grid._states == {}  # these keep nothing
+
+
+@EVERYWHERE
+def test_of_a_client_that_keeps_nothing_any_more_nothing_is_kept(start, workers):
+    def work(message: Message, context: Context) -> RecordDict:
+        if "memory" in context.state:
+            context.state.clear()
+        else:
+            context.state["memory"] = MetricRecord({"times": 1})
+        return echo(message, context)
+
+    grid = start(work, workers=workers)
+    list(grid.send_and_receive(messages([1, 2]), timeout=60))
+    assert sorted(grid._states) == [1, 2]
+    list(grid.send_and_receive(messages([1]), timeout=60))
+    assert sorted(grid._states) == [2]
+
+
+# -- simulated time ------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """Client c takes 10 · c seconds, and one more for a thousand bytes each way; the first one is not there."""
+
+    def __init__(self) -> None:
+        self.clock = SimulatedClock()
+
+    def duration_s(self, group: str, client: int, kind: str, *, download_bytes: int, upload_bytes: int) -> float:
+        return 10.0 * client + (download_bytes + upload_bytes) / 1000
+
+    def present(self) -> list[int]:
+        return [1, 2, 3, 4]
+
+
+LINK_S = 16.0
+"""A thousand numbers of eight bytes each way."""
+
+
+@EVERYWHERE
+def test_simulated_time_passes_until_the_slowest_reply_is_there_and_nobody_waits_for_it(start, workers):
+    grid = start(workers=workers, devices=Slow())
+    assert list(grid.get_node_ids()) == [2, 3, 4, 5]
+    begun = time.monotonic()
+    assert not any(reply.has_error() for reply in grid.send_and_receive(messages([2, 5, 3]), timeout=60))
+    assert grid.simulated_clock.monotonic() == 40.0 + LINK_S
+    late = list(grid.send_and_receive(messages([3]), timeout=60))  # of the same kind and group: sent at the same time
+    assert not late[0].has_error()
+    assert grid.simulated_clock.monotonic() == 40.0 + LINK_S
+    assert time.monotonic() - begun < 5.0
+    assert start(workers=workers).simulated_clock is None
+
+
+@EVERYWHERE
+def test_a_reply_that_comes_too_late_in_simulated_time_is_none_and_its_client_keeps_what_it_kept(start, workers):
+    grid = start(remembering, workers=workers, devices=Slow())
+    asked = messages([2, 5])
+    replies = list(grid.send_and_receive(asked, timeout=40.0))
+    assert [reply.has_error() for reply in replies] == [False, True]  # 18 s and 48 s: this reply is short
+    assert replies[1].error.code == ErrorCode.REPLY_MESSAGE_UNAVAILABLE
+    assert grid.simulated_clock.monotonic() == 40.0
+    (again,) = grid.send_and_receive(messages([5]), timeout=60)
+    assert again.content.metric_records["memory"]["times"] == 2
+
+
+def test_where_somebody_is_missing_simulated_time_goes_to_the_deadline(start):
+    grid = start(devices=Slow(), faults=Fates(client1=Fate(lost="after"), client2=Fate(crashes=True)))
+    list(grid.send_and_receive(messages([3]), timeout=60))
+    assert grid.simulated_clock.monotonic() == 0.0  # that a process died is known at once
+    list(grid.send_and_receive(messages([2, 4]), timeout=60))
+    assert grid.simulated_clock.monotonic() == 60.0
+
+
+def test_many_clients_of_one_message_take_as_long_as_the_slowest_of_them(start):
+    app = client_app(echo)
+    app.train("group")(lambda message, context: Message(echo(message, context), reply_to=message))
+    grid = start(app=app, devices=Slow(), faults=Fates(client1=Fate(lost="before")))
+    shared = content()
+    shared["group"] = ConfigRecord({"members": [1, 3, 2]})
+    asked = Message(shared, 2, "train.group", ttl=60.0, group_id="1.1")
+    list(grid.send_and_receive(messages([5]), timeout=600))
+    faults_do_not_matter = list(grid.send_and_receive([asked], timeout=600))
+    assert len(faults_do_not_matter) == 1
+    assert grid.simulated_clock.monotonic() == 40.0 + LINK_S  # of the first message: both were sent at one time
+
+
+def test_what_makes_a_message_long_are_its_numbers_and_its_bodies():
+    records = content()
+    assert payload_bytes(records) == 8000
+    records["leg"] = ConfigRecord({"body": b"12345", "plan": "a long text"})
+    assert payload_bytes(records) == 8005
 
 
 # -- Flower's own strategy -----------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 from numpy.typing import NDArray
 
-from fedlearn.flower.grid import LocalGrid
+from fedlearn.flower.grid import LocalGrid, NoFaults
 
 __all__ = ["flower_client", "flower_server", "flower_upload_bytes"]
 
@@ -209,7 +209,7 @@ def _bytes(value: object) -> bytes:
 # -- the server ----------------------------------------------------------------------------------------------------
 
 
-class _Dropouts:
+class _Dropouts(NoFaults):
     """The first nodes do not send their vectors."""
 
     def __init__(self, dropped: int) -> None:
