@@ -69,6 +69,7 @@ class ClientAccount:
         self.max_epsilon = math.inf if max_epsilon is None else max_epsilon
         self._ledger = Ledger(path)
         self._plan: _Plan | None = None
+        self._read: tuple[int, list[Release]] | None = None
 
     def epsilon(self) -> float:
         """Return ε at δ of everything in the ledger; infinite where a line is not known for what it is."""
@@ -83,7 +84,7 @@ class ClientAccount:
         Raises:
             ReplyError: ``budget-spent``.
         """
-        if release.simulated and any(release.to_body() == each.to_body() for each in self._releases()):
+        if release.simulated and self._holds(release):
             return
         history = history_of((*self._releases(), release)) if self._is_known(release.simulated) else None
         limit = min(self.max_epsilon, self._plan.limit if self._plan else math.inf)
@@ -112,7 +113,7 @@ class ClientAccount:
                         reason = f"another process holds {self._ledger.path}; what it releases must be counted first"
                         raise ReplyError("refused", reason) from error
                     time.sleep(0.05)
-            self._ledger = Ledger(self._ledger.path)
+            self._ledger, self._read = Ledger(self._ledger.path), None
             yield
 
     def record(self, release: Release) -> None:
@@ -125,7 +126,7 @@ class ClientAccount:
             ReplyError: ``budget-spent``, as for ``permit``.
             RunFailedError: it cannot be written; nothing may be trained.
         """
-        if release.simulated and any(release.to_body() == each.to_body() for each in self._releases()):
+        if release.simulated and self._holds(release):
             return
         self.permit(release)
         self._ledger.append("update.release", release.to_body())
@@ -197,10 +198,18 @@ class ClientAccount:
             if number.isdecimal():
                 yield int(number), path
 
+    def _holds(self, release: Release) -> bool:
+        """Return whether the ledger has this very release already."""
+        body = release.to_body()
+        return any(event.body == body for event in self._ledger.events)
+
     def _releases(self) -> list[Release]:
-        """Return every release in the ledger."""
-        found = (event.release() for event in self._ledger.events)
-        return [release for release in found if release is not None]
+        """Return every release in the ledger; each line is read once."""
+        events = self._ledger.events
+        if self._read is None or self._read[0] != len(events):
+            found = (event.release() for event in events)
+            self._read = (len(events), [release for release in found if release is not None])
+        return self._read[1]
 
     def _policies(self) -> Iterable[Mapping[str, Any]]:
         """Return the policy of every run in the ledger."""

@@ -25,12 +25,22 @@ from fedlearn.learning.model import FlatModel, computing
 from fedlearn.learning.task import Examples, Task
 from fedlearn.learning.trainer import Trained, local_steps, pick
 from fedlearn.privacy.clipping import Update
-from fedlearn.privacy.gaussian import bernoulli, gaussian, power_of_two, to_grid
+from fedlearn.privacy.gaussian import bernoulli, power_of_two, to_grid
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.releases import Query, Release, Sampling
 from fedlearn.sources import SeedTree
 
-__all__ = ["DpSgd", "PrivateTraining", "planned_release", "sample_rate", "train_private"]
+__all__ = [
+    "DpSgd",
+    "PrivateTraining",
+    "expected_batch",
+    "momentum_before",
+    "noised_step",
+    "planned_release",
+    "poisson_rows",
+    "sample_rate",
+    "train_private",
+]
 
 _MOST_NUMBERS = 2**27  # gradients held at a time, in numbers: 512 MiB
 _GRID = 2.0**-20  # of the noise's standard deviation
@@ -78,7 +88,7 @@ class PrivateTraining:
 
 def sample_rate(size: int, training: TrainingConfig) -> float:
     """Return q, the probability with which each of ``size`` examples is in a batch: B/n, or 1 for whole batches."""
-    return _expected_batch(size, training) / size
+    return expected_batch(size, training) / size
 
 
 def planned_release(
@@ -162,18 +172,17 @@ def train_private(
         model.load(received)
         model.module.train()
         anchor = model.flat[trained].clone()
-        pace = _at_rest_or(velocity, model.flat[trained]) if momentum else None
+        pace = momentum_before(velocity, model.flat[trained]) if momentum else None
         with summing(model, task, dp.mode) as clipped_sum:
             for number in range(steps):
                 total = torch.zeros(length, dtype=torch.float64)
-                for rows in _portions(_poisson(noise, number, rate, size), length):
+                for rows in _portions(torch.from_numpy(poisson_rows(noise, number, rate, size)), length):
                     part, values = clipped_sum(*pick(examples, rows), dp.bound_l2)
                     total += part
                     losses += float(values.nan_to_num().sum())
                     seen += len(rows)
-                drawn = gaussian(noise.stream("dp-sgd", number), dp.stddev, length)
-                noised = to_grid(total.numpy() + drawn, power_of_two(dp.stddev * _GRID))
-                step = torch.from_numpy(noised / _expected_batch(size, training)).to(model.flat.dtype)
+                noised = noised_step(total.numpy(), dp, noise, number) / expected_batch(size, training)
+                step = torch.from_numpy(noised).to(model.flat.dtype)
                 with torch.no_grad():
                     if proximal_mu:
                         step += proximal_mu * (model.flat[trained] - anchor)
@@ -187,7 +196,14 @@ def train_private(
     return PrivateTraining(trained=result, velocity=None if pace is None else pace.numpy().copy())
 
 
-def _expected_batch(size: int, training: TrainingConfig) -> int:
+def noised_step(total: NDArray[np.float64], dp: DpSgd, noise: Noise, number: int) -> NDArray[np.float64]:
+    """Return step ``number``'s sum of clipped gradients with its noise, on the noise's grid; shape (trained,)."""
+    drawn = noise.gaussian(dp.stddev, len(total), "dp-sgd", number)
+    drawn += total
+    return to_grid(drawn, power_of_two(dp.stddev * _GRID))
+
+
+def expected_batch(size: int, training: TrainingConfig) -> int:
     """Return q·n, which is a whole number."""
     return min(training.batch_size or size, size)
 
@@ -197,13 +213,12 @@ def _secret(noise: Noise) -> SeedTree:
     return SeedTree(noise.stream("torch").words(4).tobytes())
 
 
-def _poisson(noise: Noise, number: int, rate: float, size: int) -> Tensor:
+def poisson_rows(noise: Noise, number: int, rate: float, size: int) -> NDArray[np.int64]:
     """Return the rows of one batch, each in it with probability ``rate``."""
-    taken = bernoulli(noise.stream("batch", number), rate, size)
-    return torch.from_numpy(np.flatnonzero(taken))
+    return np.flatnonzero(bernoulli(noise.stream("batch", number), rate, size)).astype(np.int64)
 
 
-def _at_rest_or(velocity: NDArray[np.floating[Any]] | None, like: Tensor) -> Tensor:
+def momentum_before(velocity: NDArray[np.floating[Any]] | None, like: Tensor) -> Tensor:
     """Return the momentum to begin with, as a tensor of its own."""
     if velocity is None:
         return torch.zeros_like(like)

@@ -41,9 +41,9 @@ from fedlearn.learning.trainer import losses_of
 from fedlearn.learning.validators import check_private
 from fedlearn.sources import SeedTree
 
-__all__ = ["ClippedSum", "check_once", "summing"]
+__all__ = ["LONGEST", "ClippedSum", "check_once", "clip_factors", "summing"]
 
-_LONGEST = 1e30  # a gradient longer than this counts as not finite: in float32 it is about to overflow
+LONGEST = 1e30  # a gradient longer than this counts as not finite: in float32 it is about to overflow
 _MARGIN = 1 - 2.0**-20  # clip to a little less, for what float64 rounds up in norms, products and sums
 
 log = logging.getLogger("fedlearn.client")
@@ -127,7 +127,7 @@ def _by_autograd(model: FlatModel, task: Task) -> ClippedSum:
         for i in range(len(inputs)):
             gradient, losses[i] = _gradient(model, task, inputs[i : i + 1], targets[i : i + 1])
             rows = Rows(gradient[None])
-            total += rows.weighted(_factors(rows.norms(), bound))
+            total += rows.weighted(clip_factors(rows.norms(), bound))
         return total, losses
 
     return clipped_sum
@@ -187,19 +187,19 @@ def _clipped(
     norms = torch.zeros(count, dtype=torch.float64)
     if gradients:
         norms = torch.linalg.vector_norm(torch.stack([each.norms() for each in gradients.values()]), dim=0)
-    if hold and bool((norms < _LONGEST).all()):
+    if hold and bool((norms < LONGEST).all()):
         _compare_sums(model, gradients)
-    factors = _factors(norms, bound)
+    factors = clip_factors(norms, bound)
     total = torch.zeros(model.spec.trainable_size, dtype=torch.float64)
     for name, each in gradients.items():
         total[model.spec.slices[name]] = each.weighted(factors)
     return total
 
 
-def _factors(norms: Tensor, bound: float) -> Tensor:
+def clip_factors(norms: Tensor, bound: float) -> Tensor:
     """Return what brings each gradient within the bound: at most 1, and 0 for one that is not finite."""
     factors = (bound * _MARGIN / norms).clamp(max=1.0)
-    return torch.where(norms < _LONGEST, factors, 0.0)
+    return torch.where(norms < LONGEST, factors, 0.0)
 
 
 def _trained(model: FlatModel) -> dict[str, nn.Parameter]:
@@ -286,7 +286,7 @@ def _compare(model: FlatModel, task: Task, received: Vector, data: tuple[_Kind, 
     norms = torch.stack([each.norm() for each in alone])
     with _summing(model, task, mode) as (clipped_sum, _):
         for bound in (2 * float(norms.max()), 0.5 * float(norms[norms > 0].min())):
-            expected = [gradient * factor for gradient, factor in zip(alone, _factors(norms, bound), strict=True)]
+            expected = [gradient * factor for gradient, factor in zip(alone, clip_factors(norms, bound), strict=True)]
             _hold(model, clipped_sum(inputs.clone(), targets.clone(), bound)[0], expected)
     after = (*model.module.parameters(), *model.module.buffers())
     if not all(torch.equal(one, two) for one, two in zip(before, after, strict=True)):

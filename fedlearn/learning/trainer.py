@@ -17,7 +17,7 @@ from fedlearn.learning.task import Examples, Task
 from fedlearn.privacy.clipping import Update
 from fedlearn.sources import SeedTree
 
-__all__ = ["Evaluation", "Trained", "evaluate", "local_steps", "losses_of", "pick", "train"]
+__all__ = ["Evaluation", "Trained", "batches_of", "evaluate", "local_steps", "losses_of", "pick", "train"]
 
 _EVALUATION_BATCH = 1024
 
@@ -95,7 +95,7 @@ def train(
         anchor = model.flat.clone() if proximal_mu else None
         velocity = torch.zeros_like(model.flat) if momentum else None
         losses, seen, steps = 0.0, 0, 0
-        for rows in _batches(len(examples), training, seeds.child("batches").generator()):
+        for rows in batches_of(len(examples), training, seeds.child("batches")):
             inputs, targets = pick(examples, slice(None) if rows is None else torch.from_numpy(rows))
             model.zero_gradient()
             per_example = losses_of(task, model.module(inputs), targets)
@@ -174,8 +174,9 @@ def local_steps(size: int, training: TrainingConfig) -> int:
     return (training.local_epochs or 1) * -(-size // min(training.batch_size or size, size))
 
 
-def _batches(size: int, training: TrainingConfig, generator: np.random.Generator) -> Iterator[NDArray[np.int64] | None]:
+def batches_of(size: int, training: TrainingConfig, seeds: SeedTree) -> Iterator[NDArray[np.int64] | None]:
     """Yield the rows of each step's batch; ``None`` is the whole data set in its own order."""
+    generator = seeds.generator()
     batch = min(training.batch_size or size, size)
     per_pass = -(-size // batch)
     remaining = local_steps(size, training)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedlearn.arrays import Vector
 from fedlearn.errors import ReplyError
 
-__all__ = ["ClippedSum", "ClippedUpdate", "Update", "clip", "l2_norm"]
+__all__ = ["ClippedGroup", "ClippedSum", "ClippedUpdate", "Update", "clip", "l2_norm"]
 
 
 def l2_norm(vector: NDArray[np.floating[Any]]) -> float:
@@ -113,6 +113,35 @@ class ClippedUpdate:
             raise ReplyError("not-clipped", str(error)) from error
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClippedGroup:
+    """A sum of clipped updates that were never formed one by one: what a simulation computes of many clients at once.
+
+    Nobody can see from the sum that each part of it is within the bound; whoever makes one has clipped each.
+
+    Attributes:
+        total: shape (d,), float64, finite; never written to.
+        bound_l2: the clipping norm of every part.
+        count: how many updates it is of.
+        within: how many of them were within the bound before they were clipped.
+
+    Raises:
+        ValueError: the sum is longer than so many clipped updates can be, or not finite.
+    """
+
+    total: NDArray[np.float64]
+    bound_l2: float
+    count: int
+    within: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", _read_only(self.total))
+        if not l2_norm(self.total) <= self.count * self.bound_l2 * (1 + 1e-9) or not 0 <= self.within <= self.count:
+            raise ValueError(
+                f"a sum of norm {l2_norm(self.total):g} is not one of {self.count} updates clipped to {self.bound_l2:g}"
+            )
+
+
 def clip(update: Update, bound_l2: float) -> ClippedUpdate:
     """Scale ``update`` so that its L2 norm is at most ``bound_l2``.
 
@@ -176,6 +205,7 @@ class ClippedSum:
             raise ValueError(f"grid must be a power of two, got {grid}")
         self.bound_l2, self.grid = bound_l2, grid
         self.count = self.within = 0
+        self._rounding = 0.5  # how far one client can move an entry by rounding, in steps of the grid
         self._units: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
 
     def add(self, update: ClippedUpdate) -> None:
@@ -198,6 +228,25 @@ class ClippedSum:
         self.count += 1
         self.within += update.within
 
+    def add_group(self, group: ClippedGroup) -> None:
+        """Add the sum of many clients' updates, rounded as a whole.
+
+        Without one of them, a sum may be rounded up where it was rounded down: a client then moves the result by up to
+        one step of the grid in each entry beside its own update, and ``sensitivity_l2`` says so.
+
+        Raises:
+            ValueError: it was clipped to another bound, or has another length.
+        """
+        if group.bound_l2 > self.bound_l2 or group.total.shape != self._units.shape:
+            raise ValueError(
+                f"a sum of shape {group.total.shape} clipped to {group.bound_l2:g} cannot be added to one of shape "
+                f"{self._units.shape} for {self.bound_l2:g}"
+            )
+        self._units += np.rint(group.total / self.grid).astype(np.int64)
+        self.count += group.count
+        self.within += group.within
+        self._rounding = 1.0
+
     @property
     def units(self) -> NDArray[np.int64]:
         """The sum in units of the grid, shape (d,), as a copy."""
@@ -206,7 +255,7 @@ class ClippedSum:
     @property
     def sensitivity_l2(self) -> float:
         """How far one client can move the sum: the bound, and what rounding its entries can add."""
-        return self.bound_l2 + 0.5 * self.grid * math.sqrt(self._units.size)
+        return self.bound_l2 + self._rounding * self.grid * math.sqrt(self._units.size)
 
 
 def _read_only(vector: NDArray[Any]) -> Vector:

@@ -8,11 +8,13 @@ not let anybody time it who must not know the noise.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlearn.privacy.noise import Keystream
+if TYPE_CHECKING:
+    from fedlearn.privacy.noise import Keystream
 
 __all__ = ["LEAST_STDDEV", "MOST_STDDEV", "bernoulli", "discrete_gaussian", "gaussian", "power_of_two", "to_grid"]
 
@@ -58,6 +60,7 @@ def discrete_gaussian(stream: Keystream, stddev: float, size: int) -> NDArray[np
 
     Reference: Canonne, Kamath, Steinke, arXiv:2004.00010, Algorithms 2 and 3.
 
+    >>> from fedlearn.privacy.noise import Keystream
     >>> from fedlearn.sources import SeedTree
     >>> discrete_gaussian(Keystream(SeedTree.root(0).digest), 0.01, 5).tolist()
     [0, 0, 0, 0, 0]
@@ -150,7 +153,9 @@ def to_grid(vector: NDArray[np.float64], grid: float) -> NDArray[np.float64]:
         raise ValueError(f"grid must be a power of two, got {grid}")
     if not np.isfinite(vector).all():
         raise ValueError("a vector with NaN or infinity in it has no place on a grid")
-    rounded: NDArray[np.float64] = np.rint(vector / grid) * grid
+    rounded: NDArray[np.float64] = vector / grid
+    np.rint(rounded, out=rounded)
+    rounded *= grid
     return rounded
 
 

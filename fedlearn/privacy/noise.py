@@ -7,12 +7,14 @@ a ledger of such noise is marked ``simulated``. They are different types, and ne
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from fedlearn.privacy.gaussian import gaussian
 from fedlearn.sources import SecureRandom, SeedTree
 
 __all__ = ["Keystream", "Noise", "SecureNoise", "SimulatedNoise"]
@@ -45,6 +47,13 @@ class Noise(Protocol):
         """Return the stream for one purpose, such as ``("round", 3)``; no two purposes share one."""
         ...
 
+    def gaussian(self, stddev: float, size: int, *path: str | int) -> NDArray[np.float64]:
+        """Return Gaussian noise for one purpose, shape (size,): to be rounded to a coarse grid before it leaves.
+
+        Real noise is exact, as ``fedlearn.privacy.gaussian`` says; a simulation's is quick.
+        """
+        ...
+
     def child(self, *path: str | int) -> Noise:
         """Return noise of the same kind that shares no stream with this one."""
         ...
@@ -63,6 +72,10 @@ class SecureNoise:
         del path
         return Keystream(self._random.token_bytes(32))
 
+    def gaussian(self, stddev: float, size: int, *path: str | int) -> NDArray[np.float64]:
+        """Return Gaussian noise, exact to 2^-40 of its standard deviation."""
+        return gaussian(self.stream(*path), stddev, size)
+
     def child(self, *path: str | int) -> SecureNoise:
         """Return itself: no two of its streams are one anyway."""
         del path
@@ -80,6 +93,22 @@ class SimulatedNoise:
     def stream(self, *path: str | int) -> Keystream:
         """Return the stream at ``path`` in the seed tree; twice the same path, twice the same stream."""
         return Keystream(self._seeds.child(*path).digest)
+
+    def gaussian(self, stddev: float, size: int, *path: str | int) -> NDArray[np.float64]:
+        """Return Gaussian noise by NumPy's ziggurat, a tenth of the time of the exact sampler.
+
+        It has the distribution to double precision, with the artefacts that Mironov (2012) used: for noise that whoever
+        knows the seed can subtract anyway.
+
+        >>> SimulatedNoise(SeedTree.root(0)).gaussian(2.0, 2, "step", 1).round(3).tolist()
+        [-2.114, 3.509]
+        """
+        if not 0 < stddev < math.inf:
+            raise ValueError(f"stddev must be above 0 and finite, got {stddev}")
+        seed = int.from_bytes(self._seeds.child("gaussian", *path).digest, "big")
+        drawn = np.random.Generator(np.random.SFC64(seed)).standard_normal(size)
+        drawn *= stddev
+        return drawn
 
     def child(self, *path: str | int) -> SimulatedNoise:
         """Return the noise below ``path`` in the seed tree."""

@@ -14,7 +14,7 @@ from fedlearn.config import TrainingConfig
 from fedlearn.errors import DataError, TaskError
 from fedlearn.learning import Evaluation, Examples, FlatModel, Task, build_flat_model, evaluate, train
 from fedlearn.learning.model import computing
-from fedlearn.learning.trainer import _batches
+from fedlearn.learning.trainer import batches_of
 from fedlearn.sources import SeedTree
 
 seeds = SeedTree.root(3)
@@ -129,7 +129,7 @@ def by_torch(build, received, examples, training, *, proximal_mu=0.0, own_seeds=
     losses, seen, steps = 0.0, 0, 0
     with computing(own_seeds.child("torch")):
         module.train()
-        for rows in _batches(len(examples), training, own_seeds.child("batches").generator()):
+        for rows in batches_of(len(examples), training, own_seeds.child("batches")):
             batch = examples if rows is None else examples.take(rows)
             optimiser.zero_grad()
             each = task.loss(module(batch.inputs.clone()), batch.targets)
@@ -412,7 +412,7 @@ def test_a_model_is_as_good_as_new_after_its_task_raised() -> None:
 @pytest.mark.parametrize("batch_size", [1, 8, 100])
 def test_an_epoch_shows_every_example_once_in_batches_of_the_size_asked_for(size, batch_size) -> None:
     training = setting(batch_size=batch_size, local_epochs=3)
-    batches = list(_batches(size, training, np.random.default_rng(0)))
+    batches = list(batches_of(size, training, seeds))
     per_epoch = -(-size // batch_size)
     assert len(batches) == 3 * per_epoch
     for epoch in range(3):
@@ -429,7 +429,7 @@ def test_an_epoch_shows_every_example_once_in_batches_of_the_size_asked_for(size
 def test_as_many_steps_as_asked_for(steps) -> None:
     for batch_size in (0, 8, 100):
         training = setting(batch_size=batch_size, local_steps=steps)
-        assert len(list(_batches(21, training, np.random.default_rng(0)))) == steps
+        assert len(list(batches_of(21, training, seeds))) == steps
 
 
 # -- what a task may not do ----------------------------------------------------------------------------------------

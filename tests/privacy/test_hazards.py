@@ -19,6 +19,7 @@ from fedlearn.federation.messages import RoundPlan
 from fedlearn.federation.policy import clipped_update
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.grid import LocalGrid
+from fedlearn.flower.network import GridNetwork
 from fedlearn.learning import Examples, FlatModel, Task, build_flat_model, train
 from fedlearn.privacy.clipping import ClippedUpdate, Update, clip
 from fedlearn.privacy.ledger import read_events
@@ -283,6 +284,10 @@ def test_the_same_client_enrolled_twice(tmp_path, monkeypatch):
             asked.append([m.metadata.dst_node_id for m in sent if m.metadata.message_type == "train"])
             return super().send_and_receive(sent, timeout=timeout)
 
+    def asking(*args, local, trainer, **options):  # as on devices, where nobody knows the nodes
+        return GridNetwork(*args, **options)
+
+    monkeypatch.setattr("fedlearn.flower.server.GridNetwork", asking)
     alone = run(tmp_path / "alone", monkeypatch)
     monkeypatch.setattr("fedlearn.simulation.engine.LocalGrid", Twins)
     doubled = run(tmp_path / "doubled", monkeypatch)
