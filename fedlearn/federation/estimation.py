@@ -21,7 +21,7 @@ from fedlearn.arrays import ParamSpec
 from fedlearn.config import RunConfig
 from fedlearn.errors import TaskError
 from fedlearn.federation.checkpoint import RunState
-from fedlearn.federation.messages import EvaluateReply, Failure, Reply, TrainReply
+from fedlearn.federation.messages import EvaluateReply, Failure, GroupReply, Reply, TrainReply
 from fedlearn.privacy.clipping import ClippedSum, ClippedUpdate, Update, clip
 from fedlearn.privacy.mechanisms import Gaussian, MechanismState
 from fedlearn.privacy.noise import Noise
@@ -55,6 +55,13 @@ class Tally(ABC):
         self.download_bytes += reply.download_bytes
         if isinstance(reply, Failure):
             self.failures[reply.client] = reply
+        elif isinstance(reply, GroupReply):
+            self.failures.update((failure.client, failure) for failure in reply.failures)
+            if reply.respondents:
+                self._sum_group(reply)
+            self.loss += sum(loss * weight for loss, weight in zip(reply.mean_losses, reply.weights, strict=False))
+            self.weight += sum(reply.weights)
+            self.respondents += len(reply.respondents)
         elif isinstance(reply, TrainReply):
             self._sum(reply)
             self.loss += (reply.mean_loss or 0.0) * reply.weight
@@ -70,6 +77,14 @@ class Tally(ABC):
     def _sum(self, reply: TrainReply) -> None:
         """Add a reply's update to the sum."""
 
+    def _sum_group(self, reply: GroupReply) -> None:
+        """Add the sum of many clients, where one can be.
+
+        Raises:
+            TypeError: it cannot.
+        """
+        raise TypeError(f"{type(self).__name__} takes no sum of many clients")
+
     @abstractmethod
     def forget(self) -> None:
         """Let go of the sum: this try is not used."""
@@ -84,6 +99,12 @@ class _PlainTally(Tally):
     def _sum(self, reply: TrainReply) -> None:
         """Add a reply's update times its weight."""
         self.total += reply.update.vector.astype(np.float64) * reply.weight
+
+    def _sum_group(self, reply: GroupReply) -> None:
+        """Add a group's weighted sum."""
+        if reply.total is None:
+            raise TypeError("a plain mean takes no sum of clipped updates")
+        self.total += reply.total
 
     def forget(self) -> None:
         """Let go of the sum."""
@@ -106,6 +127,12 @@ class _PrivateTally(Tally):
             vector=update.vector[self.places], bound_l2=update.bound_l2, within=update.within, finite=update.finite
         )
         self.total.add(trained)
+
+    def _sum_group(self, reply: GroupReply) -> None:
+        """Add a group's sum of clipped updates."""
+        if reply.clipped is None:
+            raise TypeError("only a sum of clipped updates can be noised; clip each first")
+        self.total.add_group(reply.clipped)
 
     def forget(self) -> None:
         """Do nothing: no round is thrown away."""

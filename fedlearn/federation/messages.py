@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -15,12 +15,13 @@ import numpy as np
 from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.config import RunConfig
 from fedlearn.errors import ConfigError, ReplyError
-from fedlearn.privacy.clipping import ClippedUpdate, Update
+from fedlearn.privacy.clipping import ClippedGroup, ClippedUpdate, Update
 
 __all__ = [
     "EvaluateReply",
     "Failure",
     "FailureCode",
+    "GroupReply",
     "LegReply",
     "LegRequest",
     "Network",
@@ -95,7 +96,7 @@ class RoundPlan:
     def _json(self) -> str:
         """The JSON, made once for all the requests that carry it."""
         body = {
-            "config": self.config.for_clients().to_mapping(),
+            "config": _told(self.config),
             "round": self.round_number,
             "attempt": self.attempt,
             "proximal-mu": self.proximal_mu,
@@ -106,6 +107,11 @@ class RoundPlan:
             "watched": self.watched,
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def config_json(self) -> str:
+        """The configuration as canonical JSON, made once for all the clients of a round that share the plan."""
+        return self.config.to_json()
 
     @property
     def sha256(self) -> bytes:
@@ -134,6 +140,12 @@ class RoundPlan:
             )
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigError) as error:
             raise ReplyError(FailureCode.BAD_REQUEST, "the round's plan is not readable") from error
+
+
+@lru_cache(maxsize=8)
+def _told(config: RunConfig) -> Mapping[str, object]:
+    """Return what clients are told of a configuration, as tables: the same in every round."""
+    return config.for_clients().to_mapping()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -223,7 +235,37 @@ class Failure:
     download_bytes: int = 0
 
 
-Reply: TypeAlias = TrainReply | EvaluateReply | Failure
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GroupReply:
+    """A checked answer of a group.
+
+    Attributes:
+        respondents: the clients whose updates are in the sum, in ascending order.
+        weights: what each counts in the mean.
+        mean_losses: of each, its mean training loss; empty where privacy is promised.
+        total: Σ weight · update, shape (d,), in the model's own type.
+        clipped: the same of clipped updates, shape (trained,), where the round has a clipping norm; then ``total`` is
+            ``None``.
+        failures: the clients that are not in it.
+        upload_bytes: what all of them would have sent, each by itself; ``download_bytes`` what they would have got.
+    """
+
+    respondents: Sequence[int]
+    weights: Sequence[int]
+    mean_losses: Sequence[float]
+    total: Vector | None
+    clipped: ClippedGroup | None
+    failures: Sequence[Failure]
+    upload_bytes: int
+    download_bytes: int
+
+    @property
+    def count(self) -> int:
+        """How many clients it speaks for."""
+        return len(self.respondents) + len(self.failures)
+
+
+Reply: TypeAlias = GroupReply | TrainReply | EvaluateReply | Failure
 
 
 class Network(Protocol):
@@ -238,7 +280,11 @@ class Network(Protocol):
         ...
 
     def exchange(self, requests: Sequence[Request], spec: ParamSpec, timeout_s: float) -> Iterator[Reply]:
-        """Send the requests and yield exactly one reply for each, in the requests' order, within the deadline."""
+        """Send the requests and yield one reply for each, in the requests' order, within the deadline.
+
+        A simulation may answer for many clients in one reply; then what it yields is in an order of its own, which
+        depends on the requests alone.
+        """
         ...
 
     def exchange_leg(self, requests: Sequence[LegRequest], timeout_s: float) -> Iterator[LegReply | Failure]:

@@ -20,6 +20,7 @@ __all__ = [
     "Learned",
     "clipped_update",
     "evaluation_numbers",
+    "hide_examples",
     "maskable",
     "train_hiding_examples",
     "trained_part",
@@ -114,23 +115,9 @@ def train_hiding_examples(
         ReplyError: ``budget-spent`` where the limit would be exceeded, ``refused`` where the promise cannot be kept.
         TaskError: the model has a layer that cannot be trained so, or the task puts one example into others.
     """
-    check_prepare(task)
-    privacy, training = plan.config.privacy, plan.config.training
-    size, number = len(examples), plan.round_number
-    rate, steps = sample_rate(size, training), local_steps(size, training)
-    rounds = plan.config.federation.rounds
-    with account.exclusive():
-        multiplier = account.noise_multiplier(privacy, run=plan.run, rounds=rounds, rate=rate, steps=steps)
-        dp = DpSgd(noise_multiplier=multiplier, bound_l2=privacy.bound_l2, mode=privacy.grad_sample_mode)
-        release = planned_release(
-            round_number=number,
-            size=size,
-            training=training,
-            dp=dp,
-            simulated=noise.simulated,
-            evidence={"run": plan.run, "model-before": vector_sha256(received).hex()},
-        )
-        account.record(release)
+    training, number = plan.config.training, plan.round_number
+    model_sha256 = vector_sha256(received).hex()
+    dp = hide_examples(plan, task, model_sha256, len(examples), account=account, simulated=noise.simulated)
     result = train_private(
         model,
         task,
@@ -146,6 +133,41 @@ def train_hiding_examples(
     if result.velocity is not None:
         account.keep_velocity(plan.run, number, result.velocity)
     return result.trained.update.vector
+
+
+def hide_examples(
+    plan: RoundPlan, task: Task, model_sha256: str, size: int, *, account: ClientAccount, simulated: bool
+) -> DpSgd:
+    """Return what is done to every gradient of a client with ``size`` examples, once its own ledger has the release.
+
+    Args:
+        plan: what the round asks for.
+        task: the learning problem.
+        model_sha256: the hash of the parameters that were received, as ledgers have it.
+        size: how many training examples the client has.
+        account: this client's ledger and its owner's limit.
+        simulated: whether the noise can be drawn again.
+
+    Raises:
+        ReplyError: ``budget-spent`` where the limit would be exceeded, ``refused`` where the promise cannot be kept.
+        TaskError: the task puts one example into others.
+    """
+    check_prepare(task)
+    privacy, training = plan.config.privacy, plan.config.training
+    rate, steps, rounds = sample_rate(size, training), local_steps(size, training), plan.config.federation.rounds
+    with account.exclusive():
+        multiplier = account.noise_multiplier(privacy, run=plan.run, rounds=rounds, rate=rate, steps=steps)
+        dp = DpSgd(noise_multiplier=multiplier, bound_l2=privacy.bound_l2, mode=privacy.grad_sample_mode)
+        release = planned_release(
+            round_number=plan.round_number,
+            size=size,
+            training=training,
+            dp=dp,
+            simulated=simulated,
+            evidence={"run": plan.run, "model-before": model_sha256},
+        )
+        account.record(release)
+    return dp
 
 
 def trained_part(vector: Vector, spec: ParamSpec) -> Vector:

@@ -23,7 +23,16 @@ from fedlearn.federation.checkpoint import RunState, Totals
 from fedlearn.federation.estimation import PrivateMean, Realised, Tally, check_metric_names
 from fedlearn.federation.journal import RunJournal
 from fedlearn.federation.masked import MaskedEstimator, MaskedTally
-from fedlearn.federation.messages import EvaluateReply, Failure, FailureCode, Network, Reply, Request, RoundPlan
+from fedlearn.federation.messages import (
+    EvaluateReply,
+    Failure,
+    FailureCode,
+    GroupReply,
+    Network,
+    Reply,
+    Request,
+    RoundPlan,
+)
 from fedlearn.federation.observer import Observer
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.federation.session import SecureAggregation, ServerIdentity
@@ -33,7 +42,8 @@ from fedlearn.learning.task import task_code
 from fedlearn.learning.validators import check_private
 from fedlearn.privacy.noise import Noise
 from fedlearn.privacy.sampling import Draw
-from fedlearn.sources import Clock, SeedTree
+from fedlearn.profiling import span, spanned
+from fedlearn.sources import Clock, ManualClock, SeedTree
 
 __all__ = ["Federation"]
 
@@ -50,6 +60,10 @@ class Federation:
         observer: who watches.
         noise: where a privacy mechanism's noise and secret draws come from.
         identity: who the server is under secure aggregation, and whom it may ask.
+        simulated_clock: the clock of a simulation in which clients take simulated time; whoever carries messages moves
+            it on, and a run that is resumed goes on at the time it had come to.
+        keeps_late: in a simulation that promises no privacy, keep a round while the clients of the next one work: a run
+            that is killed between the two does its last round again.
     """
 
     def __init__(
@@ -63,9 +77,11 @@ class Federation:
         observer: Observer,
         noise: Noise,
         identity: ServerIdentity | None = None,
+        simulated_clock: ManualClock | None = None,
+        keeps_late: bool = False,
     ) -> None:
         self.config, self.task, self.network, self.folder = config, task, network, folder
-        self.clock, self.observer = clock, observer
+        self.clock, self.observer, self.simulated_clock = clock, observer, simulated_clock
         self.seeds = SeedTree.root(config.seed)
         self.algorithm: Algorithm = build_algorithm(
             config.training.algorithm,
@@ -85,6 +101,8 @@ class Federation:
         self.identity = identity
         self.secagg = self._secure_aggregation()
         self._silent_rounds = 0
+        self._keeps_late = keeps_late and config.privacy.unit == "none" and config.secagg.mode == "off"
+        self._unkept: tuple[Mapping[str, Any], RunState] | None = None
 
     def run(self) -> RunState:
         """Go from the last kept round to the end, or to where the privacy budget ends, and return the final state.
@@ -103,7 +121,18 @@ class Federation:
                 f"{state.server.params.size:,} and {self.model.spec.size:,} numbers). Put the task back as it was, or "
                 "start a new run"
             )
+        if self.simulated_clock is not None:
+            self.simulated_clock.advance(state.totals.simulated_s - self.simulated_clock.monotonic())
         self.journal.open(kept)
+        try:
+            state = self._rounds_from(state)
+        finally:
+            self._keep_up()  # whatever ends the run: what was finished is kept
+        self.journal.close(state)
+        return state
+
+    def _rounds_from(self, state: RunState) -> RunState:
+        """Go through the rounds that are left."""
         while state.round_number < self.config.federation.rounds or state.unmeasured is not None:
             if state.unmeasured is None:
                 if self.journal.is_spent(state):
@@ -111,10 +140,8 @@ class Federation:
                 try:
                     state = self._train_round(state)
                 except _BudgetSpentError as spent:
-                    state = spent.state
-                    break
+                    return spent.state
             state = self._measure_round(state)
-        self.journal.close(state)
         return state
 
     # -- the steps ---------------------------------------------------------------------------------------------
@@ -131,12 +158,21 @@ class Federation:
         return [Request(kind=kind, client=client, plan=plan, vector=parameters) for client in draw.cohort]
 
     def communicate(self, requests: Sequence[Request], plan: RoundPlan) -> Iterator[Reply]:
-        """Send the requests and yield the replies one by one, in the cohort's order, within the deadline."""
+        """Send the requests and yield the replies as they come, in an order that is always the same."""
         timeout_s = self.config.federation.round_timeout_s
-        for done, reply in enumerate(self.network.exchange(requests, self.model.spec, timeout_s), start=1):
+        replies, done = iter(self.network.exchange(requests, self.model.spec, timeout_s)), 0
+        self._keep_up()  # while clients work
+        while True:
+            with span("messages"):
+                reply = next(replies, None)
+            if reply is None:
+                return
             yield reply
-            self.observer.replied(plan.round_number, done, len(requests))
+            done += reply.count if isinstance(reply, GroupReply) else 1
+            with span("watch"):
+                self.observer.replied(plan.round_number, done, len(requests))
 
+    @spanned("update")
     def update(self, state: RunState, mean: NDArray[np.float64]) -> RunState:
         """Let the algorithm move θ by the mean update.
 
@@ -161,6 +197,7 @@ class Federation:
             )
         return replace(state, server=replace(new, params=params))
 
+    @spanned("validate")
     def validate(self, state: RunState) -> Validation:
         """Measure the model: on the central test set, at the clients, or both, as the scenario says."""
         parameters = self._parameters(state)
@@ -190,20 +227,22 @@ class Federation:
 
     # -- their composition -------------------------------------------------------------------------------------
 
+    @spanned("rounds")
     def _train_round(self, state: RunState) -> RunState:
         """Take the first half of a round: invite, train, sum, update, and note in the ledger what will leave."""
         started, before = self.clock.monotonic(), state.totals
         number = state.round_number + 1
         tries, state = self._train_until_enough(number, state)
         tally, parameters = tries[-1], self._parameters(state)
-        estimate = self.estimator.estimate(tally, state)
+        with span("update"):
+            estimate = self.estimator.estimate(tally, state)
         try:
             state = self.update(replace(state, mechanism=estimate.mechanism), estimate.mean)
         except RunFailedError:
             if not self._has_released_sum:
                 self.journal.admit(state, estimate.release)  # that it diverged says something of the sum
             raise
-        state = replace(state, totals=state.totals.plus(wall_s=self.clock.monotonic() - started))
+        state = replace(state, totals=self._timed(state.totals.plus(wall_s=self.clock.monotonic() - started)))
         realised = Realised.of(tally)
         line = {
             "round": number,
@@ -217,6 +256,8 @@ class Federation:
             "upload_bytes": state.totals.upload_bytes - before.upload_bytes,
             "download_bytes": state.totals.download_bytes - before.download_bytes,
         }
+        if self.simulated_clock is not None:
+            line["simulated_s"] = round(state.totals.simulated_s - before.simulated_s, 6)
         if isinstance(tally, MaskedTally) and tally.clipped is not None:
             line["clipped"] = tally.clipped
         if len(tries) > 1:
@@ -236,10 +277,12 @@ class Federation:
             body = replace(estimate.release, evidence=evidence).to_body()
             state = self.journal.noted(state, "round.release", body)
         if is_measured(self.config, number) and self._asks_clients:  # the new model leaves to be measured
-            self.folder.save_state(state)
-            self.journal.commit(state)
+            with span("keep"):
+                self.folder.save_state(state)
+                self.journal.commit(state)
         return state
 
+    @spanned("rounds")
     def _measure_round(self, state: RunState) -> RunState:
         """Take the second half of a round: validate, and keep it."""
         started, number = self.clock.monotonic(), state.round_number
@@ -251,7 +294,7 @@ class Federation:
                 self.journal.commit(state)
                 raise
         elapsed_s = self.clock.monotonic() - started
-        totals, before = measured.totals.plus(wall_s=elapsed_s), state.totals
+        totals, before = self._timed(measured.totals.plus(wall_s=elapsed_s)), state.totals
         trained = state.unmeasured or {}
         line = {
             **trained,
@@ -260,6 +303,8 @@ class Federation:
             "upload_bytes": trained["upload_bytes"] + totals.upload_bytes - before.upload_bytes,
             "download_bytes": trained["download_bytes"] + totals.download_bytes - before.download_bytes,
         }
+        if self.simulated_clock is not None:
+            line["simulated_s"] = round(trained["simulated_s"] + totals.simulated_s - before.simulated_s, 6)
         if measured.federated_metrics:
             line["federated_metrics"] = measured.federated_metrics
         if measured.failures:
@@ -268,10 +313,21 @@ class Federation:
         if measured.release is not None:
             release = replace(measured.release, evidence={"date": self.clock.utc()[:10]})
             state = self.journal.noted(state, "eval.release", release.to_body())
-        self.folder.save_round(line, state)
-        self.journal.commit(state)
-        self.observer.finished_round(line)
+        self._unkept = (line, state)
+        if not self._keeps_late:
+            self._keep_up()
         return state
+
+    def _keep_up(self) -> None:
+        """Keep the last round, if it is not kept yet, and say so."""
+        if self._unkept is None:
+            return
+        (line, state), self._unkept = self._unkept, None
+        with span("keep"):
+            self.folder.save_round(line, state)
+            self.journal.commit(state)
+        with span("watch"):
+            self.observer.finished_round(line)
 
     def _train_until_enough(self, number: int, state: RunState) -> tuple[list[Tally], RunState]:
         """Try the round with fresh cohorts until enough clients answered; return every try, and what all cost."""
@@ -285,7 +341,8 @@ class Federation:
             else:
                 requests = self.distribute_model("train", draw, plan, self._parameters(state))
                 for reply in self.communicate(requests, plan):
-                    tally.add(reply)
+                    with span("sum"):
+                        tally.add(reply)
             totals = state.totals.plus(
                 client_updates=tally.respondents,
                 upload_bytes=tally.upload_bytes,
@@ -305,6 +362,7 @@ class Federation:
         cause = last.aborted if isinstance(last, MaskedTally) else None
         raise RoundFailedError(self._too_few(number, tries), number, _codes(last.failures)) from cause
 
+    @spanned("secagg")
     def _communicate_masked(self, tally: MaskedTally, plan: RoundPlan, state: RunState) -> None:
         """Distribute the model and take back the sum of what clients learned, and nothing of a single one."""
         estimator, secagg = self.estimator, self.secagg
@@ -411,6 +469,7 @@ class Federation:
         metrics, release = self.estimator.evaluation(known, draw, names, state.round_number)
         return Validation(metrics=metrics, totals=totals, failures=failures, release=release)
 
+    @spanned("draw")
     def _draw(self, purpose: str, number: int, attempt: int, state: RunState) -> Draw:
         """Draw a cohort from the clients that are there."""
         federation = self.config.federation
@@ -441,6 +500,11 @@ class Federation:
             identities="" if simulated is None else str(simulated.folder),
             watched=-1 if simulated is None else watched,
         )
+
+    def _timed(self, totals: Totals) -> Totals:
+        """Return the totals with the simulated time that it is now."""
+        clock = self.simulated_clock
+        return totals if clock is None else replace(totals, simulated_s=clock.monotonic())
 
     def _parameters(self, state: RunState) -> NDArray[Any]:
         """Return θ as it is sent, in the model's own type."""

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from fedlearn.charts import draw_history
 from fedlearn.federation.checkpoint import RunState
 from fedlearn.federation.journal import earlier_releases
-from fedlearn.federation.run_folder import RunFolder, series
+from fedlearn.federation.run_folder import RunFolder, panels, series
 from fedlearn.learning import FlatModel
 from fedlearn.privacy.accounting import QUICK, epsilon
 from fedlearn.privacy.ledger import Head, read_events, releases_of
@@ -25,12 +25,13 @@ __all__ = ["finish", "versions"]
 _PACKAGES = ("fedlearn", "flwr", "torch", "numpy")
 
 
-def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, Any]:
+def finish(folder: RunFolder, model: FlatModel, state: RunState, *, trainer: str | None = None) -> dict[str, Any]:
     """Write ``model.safetensors``, ``history.svg`` and, last, ``summary.json``; return the summary.
 
     Bytes per client are the sizes of the records exchanged, over the whole run, divided by the clients of the
     federation: what an average client sent and received in all. ``finished`` is false for a run that ended early:
-    its last good model is there to be used, and ``--resume`` goes on from it.
+    its last good model is there to be used, and ``--resume`` goes on from it. ``trainer`` is how a simulation trained
+    its clients.
     """
     config, totals = folder.config, state.totals
     model.load(state.server.params.astype(model.spec.dtype))
@@ -39,7 +40,9 @@ def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, An
     folder.write("model.safetensors", data)
     lines = folder.metrics()
     rounds, columns = series(lines)
-    folder.write("history.svg", draw_history(rounds, columns, title=f"{config.task}, seed {config.seed}").encode())
+    more = panels(lines, secret_cohorts=config.privacy.unit == "client")
+    picture = draw_history(rounds, columns, title=f"{config.task}, seed {config.seed}", more=more)
+    folder.write("history.svg", picture.encode())
     measured = [line for line in lines if line["metrics"]]
     clients = config.federation.clients
     summary = {
@@ -57,6 +60,7 @@ def finish(folder: RunFolder, model: FlatModel, state: RunState) -> dict[str, An
         "seed": config.seed,
         "privacy": _privacy(folder),
         "secagg": {"mode": config.secagg.mode},
+        **({} if trainer is None else {"trainer": trainer}),
         "versions": versions(),
     }
     folder.write("summary.json", (json.dumps(summary, indent=2) + "\n").encode())

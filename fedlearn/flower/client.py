@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePath
+from typing import cast, get_args
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -15,8 +17,8 @@ from flwr.clientapp import ClientApp
 
 from fedlearn.arrays import Vector
 from fedlearn.config import RunConfig
-from fedlearn.data.loaders import Distribution, distribute_data
 from fedlearn.errors import ReplyError
+from fedlearn.federation.groups import Asked, learn_group
 from fedlearn.federation.messages import FailureCode, RoundPlan
 from fedlearn.federation.policy import (
     Learned,
@@ -31,19 +33,23 @@ from fedlearn.flower import legs
 from fedlearn.flower.device import device_folder, is_device, masks_only, secagg_device
 from fedlearn.flower.records import (
     evaluate_reply_records,
+    group_reply_records,
     leg_reply_records,
+    read_group,
     read_leg,
     read_vector,
     refusal,
     train_reply_records,
 )
-from fedlearn.learning import ClientData, Examples, build_flat_model, computing, evaluate, train
+from fedlearn.flower.site import Site, site_of
+from fedlearn.learning import Examples, evaluate, train
 from fedlearn.learning.account import ClientAccount
+from fedlearn.learning.vectorized import Vectorised
 from fedlearn.privacy.clipping import Update
 from fedlearn.privacy.noise import Noise, SecureNoise, SimulatedNoise
+from fedlearn.profiling import span
 from fedlearn.secagg.errors import SecaggError
 from fedlearn.sources import SecureRandom, SeedTree
-from fedlearn.tasks import load_task
 
 __all__ = ["build_client_app", "prepare_clients"]
 
@@ -59,6 +65,7 @@ def build_client_app() -> ClientApp:
     """
     app = ClientApp()
     app.train()(_answering(_train))
+    app.train("group")(_answering(_train_group))
     for leg in _LEGS:
         app.train(leg)(_answering(_LEGS[leg]))
     app.evaluate()(_answering(_evaluate))
@@ -66,49 +73,18 @@ def build_client_app() -> ClientApp:
     return app
 
 
-def prepare_clients(config: RunConfig) -> None:
+def prepare_clients(config: RunConfig) -> Site:
     """Build the task, its model and its data for a simulation now, in this process and for all it forks.
+
+    Returns:
+        The task, the model and who holds what.
 
     Raises:
         FedlearnError: the task is not there or the data cannot be dealt out as asked, before any round is tried.
     """
-    _site(config.for_clients().to_json()).distribution()
-
-
-class _Site:
-    """The task, the model and the data of one run, built once a process and used for every client in it."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.task = load_task(config.task)
-        self.seeds = SeedTree.root(config.seed)
-        self.model = build_flat_model(self.task, self.seeds.child("initialise"))
-        self._distribution: Distribution | None = None
-
-    def data(self, context: Context) -> ClientData:
-        """Return what this node's client holds, prepared by the task."""
-        client = _client_id(context)
-        path = context.node_config.get("data-path")
-        if path is None and client >= len(self.distribution().train):
-            raise ReplyError(FailureCode.BAD_REQUEST, f"partition-id {client}, but the run has fewer clients")
-        # The same chance in every round, so that a task that splits its data here splits it one way.
-        with computing(self.seeds.child("prepare", client)):
-            held = self.distribution().client(client) if path is None else self.task.load_local(Path(str(path)))
-            data = self.task.prepare(held)
-        _check_numbers(data)
-        return data
-
-    def distribution(self) -> Distribution:
-        """Return who holds what in a simulation; dealt out once."""
-        if self._distribution is None:
-            self._distribution = distribute_data(self.task, self.config)
-        return self._distribution
-
-
-@lru_cache(maxsize=2)
-def _site(config: str) -> _Site:
-    """Return the site of a configuration, given as canonical JSON."""
-    return _Site(RunConfig.from_json(config))
+    site = site_of(config.for_clients().to_json())
+    site.distribution()
+    return site
 
 
 @lru_cache(maxsize=4)
@@ -130,9 +106,55 @@ def _train(message: Message, context: Context) -> RecordDict:
     return train_reply_records(learned.update.vector, training_numbers(plan, learned))
 
 
-def _examples(site: _Site, context: Context) -> Examples:
+def _train_group(message: Message, context: Context) -> RecordDict:
+    """Train many clients of a simulation at once, and answer with their sum."""
+    members, trainer = read_group(message.content)
+    if _is_device(context):
+        raise ReplyError(FailureCode.REFUSED, "a device trains for itself alone")
+    plan, site, received = _open(message, context, more={"group"})
+    if plan.config.secagg.mode != "off" or trainer not in get_args(Vectorised):
+        raise ReplyError(FailureCode.REFUSED, "clients whose updates are masked are not trained many at a time")
+    asked = [_asked(plan, site, context, each) for each in members]
+    with span("train"):
+        total, counted = learn_group(
+            plan, cast(Vectorised, trainer), site.model, site.task, received, asked, _log_incident
+        )
+    return group_reply_records(total, counted)
+
+
+def _asked(plan: RoundPlan, site: Site, context: Context, client: int) -> Asked:
+    """Return one member of a group, with what is its own."""
+    seeds = site.seeds.child("round", plan.round_number, "client", client)
+
+    def account(size: int) -> ClientAccount:
+        own = replace(context, node_config={**context.node_config, "partition-id": client})
+        return _account(plan, size, own)
+
+    return Asked(
+        client=client,
+        load=lambda: site.data(context.node_config, client).train,
+        seeds=seeds,
+        noise=SimulatedNoise(seeds.child("privacy")),
+        account=account,
+    )
+
+
+def _log_incident(client: int, error: BaseException) -> str:
+    """Tell a client's own log of an exception; return the incident's number."""
+    incident = secrets.token_hex(4)
+    if isinstance(error, ReplyError):
+        log.warning("incident %s, client %s: %s", incident, client, error)
+    elif isinstance(error, SecaggError):
+        log.warning("incident %s, client %s: %s: %s", incident, client, type(error).__name__, error)
+    else:
+        cause = f"{type(error).__name__}: {error}"
+        log.error("incident %s, client %s: %s", incident, client, cause, exc_info=error)
+    return incident
+
+
+def _examples(site: Site, context: Context) -> Examples:
     """Return this client's training examples, of which there are some."""
-    examples = site.data(context).train
+    examples = site.data(context.node_config, _client_id(context)).train
     if len(examples) == 0:
         raise ReplyError(FailureCode.NO_DATA, "no training examples")
     return examples
@@ -209,7 +231,7 @@ _LEGS: Mapping[str, Callable[[Message, Context], RecordDict]] = {
 }
 
 
-def _maskable(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> legs.Maskable:
+def _maskable(plan: RoundPlan, site: Site, received: Vector, context: Context) -> legs.Maskable:
     """Train the received model on this client's data; return what goes into the sum."""
     update, weight = maskable(plan, _learned(plan, site, received, context), site.model.spec)
     if not update.finite:
@@ -217,7 +239,7 @@ def _maskable(plan: RoundPlan, site: _Site, received: Vector, context: Context) 
     return update, weight
 
 
-def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -> Learned:
+def _learned(plan: RoundPlan, site: Site, received: Vector, context: Context) -> Learned:
     """Train the received model on this client's data, as the promised privacy has it."""
     examples, seeds, spec = _examples(site, context), _round_seeds(plan, site, context), site.model.spec
     if plan.config.privacy.unit == "example":
@@ -249,12 +271,12 @@ def _learned(plan: RoundPlan, site: _Site, received: Vector, context: Context) -
     return Learned(update=clipped, num_examples=trained.num_examples, mean_loss=trained.mean_loss)
 
 
-def _round_seeds(plan: RoundPlan, site: _Site, context: Context) -> SeedTree:
+def _round_seeds(plan: RoundPlan, site: Site, context: Context) -> SeedTree:
     """Return this client's seeds in a round."""
     return site.seeds.child("round", plan.round_number, "client", _client_id(context))
 
 
-def _open_leg(message: Message, context: Context, *, model: bool = False) -> tuple[bytes, RoundPlan, _Site, Vector]:
+def _open_leg(message: Message, context: Context, *, model: bool = False) -> tuple[bytes, RoundPlan, Site, Vector]:
     """Return a leg's own bytes, the plan, the site and the received parameters (none, where the leg has no model)."""
     body, text, arrays = read_leg(message.content, model=model)
     plan = _plan(text)
@@ -301,7 +323,7 @@ def _evaluate(message: Message, context: Context) -> RecordDict:
     plan, site, parameters = _open(message, context)
     if plan.config.secagg.mode != "off":
         raise ReplyError(FailureCode.REFUSED, "under secure aggregation nothing is measured by one client")
-    examples = site.data(context).test
+    examples = site.data(context.node_config, _client_id(context)).test
     if examples is None or len(examples) == 0:
         raise ReplyError(FailureCode.NO_DATA, "no test examples")
     seeds = site.seeds.child("evaluate", plan.round_number, "client", _client_id(context))
@@ -325,11 +347,11 @@ def _client_id(context: Context) -> int:
     return int(context.node_config.get("partition-id", context.node_id))
 
 
-def _open(message: Message, context: Context) -> tuple[RoundPlan, _Site, Vector]:
+def _open(message: Message, context: Context, more: AbstractSet[str] = frozenset()) -> tuple[RoundPlan, Site, Vector]:
     """Return the plan, the site and the received parameters, after checking that both sides mean the same model."""
     content = message.content
-    if set(content) != {"model", "round"}:
-        raise ReplyError(FailureCode.BAD_REQUEST, "expected the records model and round")
+    if set(content) != {"model", "round", *more}:
+        raise ReplyError(FailureCode.BAD_REQUEST, "expected the records model and round, nothing else")
     arrays, plan = content["model"], _plan(str(content.config_records["round"]["plan"]))
     if not isinstance(arrays, ArrayRecord) or "vector" not in arrays:
         raise ReplyError(FailureCode.BAD_REQUEST, "expected an array, vector")
@@ -337,26 +359,14 @@ def _open(message: Message, context: Context) -> tuple[RoundPlan, _Site, Vector]
     return plan, site, read_vector(arrays["vector"], site.model.spec)
 
 
-def _site_of(plan: RoundPlan, context: Context) -> _Site:
+def _site_of(plan: RoundPlan, context: Context) -> Site:
     """Return the site of a plan that this client's owner permits, where both sides mean the same model."""
     if _is_device(context) and masks_only(context.node_config):
         legs.refuse_unmasked(plan)
-    site = _site(_permitted(plan.config, context).to_json())
+    site = site_of(_permitted(plan.config, context).to_json() if _is_device(context) else plan.config_json)
     if site.model.spec.sha256 != plan.spec_sha256:
         raise ReplyError(FailureCode.MODEL_MISMATCH, "this client's task builds another model than the server's")
     return site
-
-
-def _check_numbers(data: ClientData) -> None:
-    """Refuse data with NaN or infinity in it: trained on, it would look as if the model had diverged."""
-    for purpose, examples in (("training", data.train), ("test", data.test)):
-        if examples is None:
-            continue
-        for what, tensor in (("inputs", examples.inputs), ("targets", examples.targets)):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                row = int((~tensor.isfinite()).nonzero()[0, 0])
-                reason = f"the {what} of {purpose} example {row} are not finite, after the task prepared them"
-                raise ReplyError(FailureCode.BAD_DATA, reason)
 
 
 def _permitted(config: RunConfig, context: Context) -> RunConfig:
@@ -382,18 +392,13 @@ def _answering(work: Callable[[Message, Context], RecordDict]) -> Callable[[Mess
     """Turn ``work`` into a handler that answers every message, and lets no exception's text leave the client."""
 
     def handler(message: Message, context: Context) -> Message:
-        incident = secrets.token_hex(4)
         try:
             return Message(work(message, context), reply_to=message)
         except ReplyError as error:
-            log.warning("incident %s, client %s: %s", incident, _client_id(context), error)
-            return refusal(error.code, incident, message)
+            return refusal(error.code, _log_incident(_client_id(context), error), message)
         except SecaggError as error:
-            log.warning("incident %s, client %s: %s: %s", incident, _client_id(context), type(error).__name__, error)
-            return refusal(FailureCode.MASKING_FAILED, incident, message)
+            return refusal(FailureCode.MASKING_FAILED, _log_incident(_client_id(context), error), message)
         except (Exception, SystemExit) as error:  # a task that calls sys.exit() ends its answer and not the device
-            cause = f"{type(error).__name__}: {error}"
-            log.exception("incident %s, client %s: %s", incident, _client_id(context), cause)
-            return refusal(FailureCode.TRAINING_FAILED, incident, message)
+            return refusal(FailureCode.TRAINING_FAILED, _log_incident(_client_id(context), error), message)
 
     return handler

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid
 
-from fedlearn.arrays import ParamSpec
+from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.errors import ConfigError, TooFewClientsError
-from fedlearn.federation.messages import Failure, FailureCode, LegReply, LegRequest, Reply, Request
+from fedlearn.federation.groups import group_size
+from fedlearn.federation.messages import Failure, FailureCode, GroupReply, LegReply, LegRequest, Reply, Request
+from fedlearn.flower.faults import GROUP_KIND
+from fedlearn.flower.grid import LocalGrid
 from fedlearn.flower.records import (
+    group_records,
     leg_records,
+    read_group_reply,
     read_leg_reply,
     read_reply,
     request_records,
+    single_bytes,
     size_bytes,
     vector_record,
 )
+from fedlearn.learning.vectorized import Vectorised
 from fedlearn.sources import Clock
 
 __all__ = ["GridNetwork", "is_simulation_runtime"]
@@ -32,13 +39,14 @@ _IDENTIFY_TIMEOUT_S = 30.0
 _IDENTIFY_TRIES = 3
 _STARTUP_TIMEOUT_S = 120.0
 
-_SIMULATION_GRID = "InMemoryGrid"
-"""The grid of Flower's simulation runtime, by name: its module takes a second to import."""
+
+_SIMULATION_GRIDS = ("InMemoryGrid", "RuntimeGrid")
+"""The grid of Flower's simulation runtime and ours around it, by name: their modules take a second to import."""
 
 
 def is_simulation_runtime(grid: Grid) -> bool:
     """Return whether ``grid`` is that of Flower's own simulation runtime."""
-    return type(grid).__name__ == _SIMULATION_GRID
+    return type(grid).__name__ in _SIMULATION_GRIDS
 
 
 class GridNetwork:
@@ -53,10 +61,22 @@ class GridNetwork:
         clock: what deadlines are measured with.
         clients: how many clients the federation has. Flower's simulation runtime must have as many nodes, and all
             of them are waited for before the first cohort is drawn; on devices some may be missing.
+        local: the grid again, where it knows which client each of its nodes is and none need be asked: a population of
+            100,000 costs nothing then.
+        trainer: how clients are trained many at once, on a ``local`` grid; ``None``: one by one.
     """
 
-    def __init__(self, grid: Grid, clock: Clock, *, clients: int) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        clock: Clock,
+        *,
+        clients: int,
+        local: LocalGrid | None = None,
+        trainer: Vectorised | None = None,
+    ) -> None:
         self._grid, self._clock = grid, clock
+        self._local, self._trainer = local, trainer
         self._simulated = clients if is_simulation_runtime(grid) else None
         self._client_of: dict[int, int] = {}
         self._node_of: dict[int, int] = {}
@@ -69,6 +89,8 @@ class GridNetwork:
             TooFewClientsError: they were not there in ``timeout_s`` seconds.
             ConfigError: Flower's simulation runtime has another number of nodes than the federation has clients.
         """
+        if self._local is not None:
+            return self._local.present()
         if self._simulated is not None:  # its processes start with the first message, and all nodes are there or none
             at_least, timeout_s = self._simulated, max(timeout_s, _STARTUP_TIMEOUT_S)
         deadline, wait_s = self._clock.monotonic() + timeout_s, _FIRST_WAIT_S
@@ -93,35 +115,107 @@ class GridNetwork:
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     def exchange(self, requests: Sequence[Request], spec: ParamSpec, timeout_s: float) -> Iterator[Reply]:
-        """Send the requests and yield one reply for each, in order; a message lives no longer than the deadline.
+        """Send the requests now and return one reply for each; a message lives no longer than the deadline.
 
-        Where the grid answers as a stream in the order of asking (``LocalGrid``), one reply is held at a time.
+        Where clients are trained many at once (``trainer``), groups are asked first; who is in none, or in one that
+        came to nothing within one client's time, is asked by itself afterwards, so that what one client does costs no
+        other its place. Else the replies are in the requests' order. Where the grid answers as a stream
+        (``LocalGrid``), one reply is held at a time.
         """
-        vectors = {id(r.vector): vector_record("vector", r.vector) for r in requests}
+        vectors = _vector_records(request.vector for request in requests)
+        groups, alone = self._grouped(requests)
+        if not groups:
+            return self._exchange_each(alone, vectors, spec, timeout_s)
+        return self._then_alone(
+            self._exchange_groups(groups, vectors, spec, timeout_s), requests, alone, vectors, spec, timeout_s
+        )
+
+    def _then_alone(
+        self,
+        grouped: Iterator[tuple[list[Request], GroupReply | None]],
+        requests: Sequence[Request],
+        alone: list[Request],
+        vectors: Mapping[int, ArrayRecord],
+        spec: ParamSpec,
+        timeout_s: float,
+    ) -> Iterator[Reply]:
+        """Yield the answers of groups, then of each client that is in none or in one that came to nothing."""
+        for group, reply in grouped:
+            if reply is None:
+                alone += group
+            else:
+                yield reply
+        places = {id(request): place for place, request in enumerate(requests)}
+        alone.sort(key=lambda request: places[id(request)])
+        if alone:
+            yield from self._exchange_each(alone, vectors, spec, timeout_s)
+
+    def _grouped(self, requests: Sequence[Request]) -> tuple[list[list[Request]], list[Request]]:
+        """Return groups of clients to be trained at once, by their place in the cohort alone; and who is in none."""
+        grid = self._local
+        if self._trainer is None or grid is None or any(request.kind != "train" for request in requests):
+            return [], list(requests)
+        ordinary, alone = list[Request](), list[Request]()
+        for request in requests:
+            touched = grid.touches(request.plan.group, request.client, request.kind)
+            (alone if touched else ordinary).append(request)
+        size = group_size(len(requests))
+        return [ordinary[start : start + size] for start in range(0, len(ordinary), size)], alone
+
+    def _exchange_groups(
+        self, groups: Sequence[list[Request]], vectors: Mapping[int, ArrayRecord], spec: ParamSpec, timeout_s: float
+    ) -> Iterator[tuple[list[Request], GroupReply | None]]:
+        """Send one message for each group and return the group with its answer, ``None`` where it is of no use."""
+        messages = [
+            Message(
+                group_records(group[0], vectors[id(group[0].vector)], [r.client for r in group], self._trainer or ""),
+                self._node(group[0].client),
+                GROUP_KIND,
+                ttl=timeout_s,
+                group_id=group[0].plan.group,
+            )
+            for group in groups
+        ]
+        begun, first = self._ordered(messages, timeout_s), groups[0][0]
+        sizes = single_bytes(first, vectors[id(first.vector)], spec)
+
+        def read(index: int, reply: Message | None) -> tuple[list[Request], GroupReply | None]:
+            members = [request.client for request in groups[index]]
+            answer = None if reply is None else read_group_reply(reply, members, first.plan, spec, sizes)
+            return groups[index], answer
+
+        return (read(index, reply) for index, reply in begun)
+
+    def _exchange_each(
+        self, requests: Sequence[Request], vectors: Mapping[int, ArrayRecord], spec: ParamSpec, timeout_s: float
+    ) -> Iterator[Reply]:
+        """Send one message for each request and return the replies in order."""
         messages = [
             Message(
                 request_records(vectors[id(request.vector)], request.plan),
-                self._node_of[request.client],
+                self._node(request.client),
                 request.kind,
                 ttl=timeout_s,
                 group_id=request.plan.group,
             )
             for request in requests
         ]
-        for index, reply, download_bytes in self._in_order(messages, timeout_s):
+
+        def read(index: int, reply: Message | None, download_bytes: int) -> Reply:
             request = requests[index]
             if reply is None:
-                yield Failure(client=request.client, code=FailureCode.NO_REPLY, download_bytes=download_bytes)
-            else:
-                yield read_reply(reply, request, spec, download_bytes)
+                return Failure(client=request.client, code=FailureCode.NO_REPLY, download_bytes=download_bytes)
+            return read_reply(reply, request, spec, download_bytes)
+
+        return (read(*answered) for answered in self._in_order(messages, timeout_s))
 
     def exchange_leg(self, requests: Sequence[LegRequest], timeout_s: float) -> Iterator[LegReply | Failure]:
         """Send one leg of secure aggregation as ``train.<leg>`` messages and yield one answer for each, in order."""
-        vectors = {id(r.vector): vector_record("vector", r.vector) for r in requests if r.vector is not None}
+        vectors = _vector_records(request.vector for request in requests)
         messages = [
             Message(
                 leg_records(request, vectors.get(id(request.vector))),
-                self._node_of[request.client],
+                self._node(request.client),
                 f"train.{request.leg}",
                 ttl=timeout_s,
                 group_id=request.plan.group,
@@ -136,17 +230,27 @@ class GridNetwork:
                 yield read_leg_reply(reply, client, download_bytes)
 
     def _in_order(self, messages: Sequence[Message], timeout_s: float) -> Iterator[tuple[int, Message | None, int]]:
-        """Yield each message's index, its reply or ``None``, and its own bytes, in the order of asking."""
+        """Send the messages; return each one's index, its reply or ``None``, and its bytes, in the order of asking."""
         download_bytes = [size_bytes(message.content) for message in messages]
+        return ((index, reply, download_bytes[index]) for index, reply in self._ordered(messages, timeout_s))
+
+    def _ordered(self, messages: Sequence[Message], timeout_s: float) -> Iterator[tuple[int, Message | None]]:
+        """Send the messages; return each one's index and its reply or ``None``, in the order of asking."""
+        return self._put_in_order(messages, self._grid.send_and_receive(messages, timeout=timeout_s))
+
+    def _put_in_order(
+        self, messages: Sequence[Message], replies: Iterable[Message]
+    ) -> Iterator[tuple[int, Message | None]]:
+        """Yield each message's index and its reply or ``None``, in the order of asking, as they come."""
         waiting: dict[int, Message] = {}
         following = 0
-        for index, reply in self._matched(messages, self._grid.send_and_receive(messages, timeout=timeout_s)):
+        for index, reply in self._matched(messages, replies):
             waiting[index] = reply
             while following in waiting:
-                yield following, waiting.pop(following), download_bytes[following]
+                yield following, waiting.pop(following)
                 following += 1
         for index in range(following, len(messages)):
-            yield index, waiting.pop(index, None), download_bytes[index]
+            yield index, waiting.pop(index, None)
 
     def _matched(self, messages: Sequence[Message], replies: Iterable[Message]) -> Iterator[tuple[int, Message]]:
         """Yield each reply with the index of its message: the first only, and only from the node that was asked."""
@@ -156,7 +260,10 @@ class GridNetwork:
             if not index_of:  # the grid gives messages their ids when it sends them
                 index_of = {message.metadata.message_id: index for index, message in enumerate(messages)}
             index = index_of.get(reply.metadata.reply_to_message_id)
-            if index is None or index in answered:
+            if index is not None and index in answered:
+                log.debug("left out a reply that came twice, from node %s", reply.metadata.src_node_id)
+                continue
+            if index is None:
                 log.warning("left out a reply that nobody asked for, from node %s", reply.metadata.src_node_id)
                 continue
             senders = {messages[index].metadata.dst_node_id}
@@ -167,6 +274,10 @@ class GridNetwork:
                 continue
             answered.add(index)
             yield index, reply
+
+    def _node(self, client: int) -> int:
+        """Return a client's node."""
+        return self._node_of[client] if self._local is None else self._local.node_of(client)
 
     def _present(self, nodes: set[int]) -> list[int]:
         """Return the clients whose nodes are among ``nodes``, in ascending order."""
@@ -209,6 +320,12 @@ class GridNetwork:
         for node in sorted(silent):
             self._silent[node] = self._silent.get(node, 0) + 1
             log.warning("node %s did not say which client it is", node)
+
+
+def _vector_records(vectors: Iterable[Vector | None]) -> dict[int, ArrayRecord]:
+    """Return each vector as a record, by its ``id``: made once, however many requests share it."""
+    distinct = {id(vector): vector for vector in vectors if vector is not None}
+    return {name: vector_record("vector", vector) for name, vector in distinct.items()}
 
 
 def _read_client_id(reply: Message) -> int | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ from numpy.typing import NDArray
 
 from fedlearn.arrays import ParamSpec, Vector
 from fedlearn.errors import ReplyError
+from fedlearn.federation.groups import check_group_reply
 from fedlearn.federation.messages import (
     EvaluateReply,
     Failure,
     FailureCode,
+    GroupReply,
     LegReply,
     LegRequest,
     Reply,
@@ -30,18 +34,26 @@ from fedlearn.federation.messages import (
 __all__ = [
     "REFUSAL",
     "evaluate_reply_records",
+    "group_records",
+    "group_reply_records",
     "leg_records",
     "leg_reply_records",
+    "read_array",
+    "read_group",
+    "read_group_reply",
     "read_leg",
     "read_leg_reply",
     "read_reply",
     "read_vector",
     "refusal",
     "request_records",
+    "single_bytes",
     "size_bytes",
     "train_reply_records",
     "vector_record",
 ]
+
+log = logging.getLogger("fedlearn.server")
 
 REFUSAL = 100
 """Flower's error code under which our clients send a ``FailureCode``; Flower's own end below 10."""
@@ -103,13 +115,102 @@ def read_leg_reply(message: Message, client: int, download_bytes: int) -> LegRep
     return LegReply(client=client, body=body, upload_bytes=upload_bytes, download_bytes=download_bytes)
 
 
+def group_records(request: Request, vector: ArrayRecord, members: Sequence[int], trainer: str) -> RecordDict:
+    """Return the content of a ``train.group`` message; ``vector`` may be shared between messages."""
+    records = request_records(vector, request.plan)
+    records["group"] = ConfigRecord({"members": list(members), "trainer": trainer})
+    return records
+
+
+def read_group(content: RecordDict) -> tuple[list[int], str]:
+    """Return the members and the trainer in a ``train.group`` message.
+
+    Raises:
+        ReplyError: ``bad-request``.
+    """
+    group = content.config_records.get("group")
+    members, trainer = (None, None) if group is None else (group.get("members"), group.get("trainer"))
+    if not isinstance(members, list) or not isinstance(trainer, str):
+        raise ReplyError(FailureCode.BAD_REQUEST, "expected the record group, with its members and trainer")
+    return [int(client) for client in members], trainer
+
+
+def group_reply_records(total: NDArray[Any], counted: Mapping[str, Any]) -> RecordDict:
+    """Return the content of a group's answer."""
+    return RecordDict(
+        {"sum": vector_record("sum", total), "counted": ConfigRecord({"json": json.dumps(dict(counted))})}
+    )
+
+
+def single_bytes(request: Request, vector: ArrayRecord, spec: ParamSpec) -> tuple[int, int]:
+    """Return the bytes of one client's own answer to ``request`` and of the message: what a group's members would send.
+
+    Args:
+        request: of one client.
+        vector: the model that is sent, as a record: an update is as long.
+        spec: the model's description.
+    """
+    numbers = dict.fromkeys(reply_numbers(request.plan.config), 0)
+    answer = train_reply_records(np.zeros(0, dtype=spec.dtype), numbers)
+    answer["update"] = ArrayRecord({"update": vector["vector"]})
+    return size_bytes(answer), size_bytes(request_records(vector, request.plan))
+
+
+def read_group_reply(
+    message: Message, members: Sequence[int], plan: RoundPlan, spec: ParamSpec, sizes: tuple[int, int]
+) -> GroupReply | None:
+    """Return what a group answered, or ``None`` where it is of no use and its members must be asked one by one.
+
+    Args:
+        message: the answer.
+        members: who was asked.
+        plan: what was asked for.
+        spec: the model's description.
+        sizes: ``single_bytes`` of a member.
+    """
+    if message.has_error():
+        return None
+    clipped = plan.bound_l2 is not None
+    size, dtype = (spec.trainable_size, np.dtype(np.float64)) if clipped else (spec.size, spec.dtype)
+    try:
+        counted = json.loads(str(message.content.config_records["counted"]["json"]))
+        total = read_array(message.content.array_records["sum"]["sum"], size, dtype)
+        return check_group_reply(members, total, counted, plan=plan, upload_bytes=sizes[0], download_bytes=sizes[1])
+    except (ReplyError, KeyError, TypeError, ValueError) as error:
+        log.warning("asking the members of a group one by one: %s", error)
+        return None
+
+
 def vector_record(name: str, vector: Vector) -> ArrayRecord:
-    """Return a record with one array."""
-    return ArrayRecord({name: Array(vector)})
+    """Return a record with one array, in NumPy's own format."""
+    flat = np.ascontiguousarray(vector)
+    data = b"".join((_header(flat.size, flat.dtype), flat.data))  # one copy; numpy.save makes three
+    return ArrayRecord({name: Array(str(flat.dtype), flat.shape, _STYPE, data)})
+
+
+def _header(size: int, dtype: np.dtype[Any]) -> bytes:
+    """Return what NumPy writes before the numbers of a vector: version 1.0, padded to 64 bytes."""
+    text = _described(size, dtype)
+    length = -(-(len(_MAGIC) + 2 + len(text) + 1) // 64) * 64 - len(_MAGIC) - 2
+    return _MAGIC + length.to_bytes(2, "little") + text.ljust(length - 1) + b"\n"
+
+
+def _described(size: int, dtype: np.dtype[Any]) -> bytes:
+    """Return the only description of a vector that there can be."""
+    return f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({size},), }}".encode()
 
 
 def read_vector(array: Array, spec: ParamSpec) -> NDArray[Any]:
-    """Return the vector in ``array``, checked to be of ``spec``'s shape and type before any memory is taken for it.
+    """Return the vector in ``array``, checked to be of ``spec``'s shape and type.
+
+    Raises:
+        ReplyError: ``bad-reply``.
+    """
+    return read_array(array, spec.size, spec.dtype)
+
+
+def read_array(array: Array, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the vector in ``array``, checked to be of this length and type before any memory is taken for it.
 
     The only header there can be is known, so it is compared: NumPy's own parser of untrusted headers raises more than
     it says (tokenize.TokenError, IndexError).
@@ -117,23 +218,22 @@ def read_vector(array: Array, spec: ParamSpec) -> NDArray[Any]:
     Raises:
         ReplyError: ``bad-reply``.
     """
-    expected = spec.size * spec.dtype.itemsize
+    expected = size * dtype.itemsize
     if (
         array.stype != _STYPE
-        or tuple(array.shape) != (spec.size,)
-        or array.dtype != str(spec.dtype)
+        or tuple(array.shape) != (size,)
+        or array.dtype != str(dtype)
         or len(array.data) > expected + _HEADER_LIMIT
     ):
-        raise ReplyError(FailureCode.BAD_REPLY, f"expected a {spec.dtype} array of shape ({spec.size},)")
+        raise ReplyError(FailureCode.BAD_REPLY, f"expected a {dtype} array of shape ({size},)")
     start = 10 + int.from_bytes(array.data[8:10], "little")
-    header = f"{{'descr': '{spec.dtype.str}', 'fortran_order': False, 'shape': ({spec.size},), }}"
     if (
         array.data[:8] != _MAGIC
-        or array.data[10:start].rstrip(b" \n") != header.encode()
+        or array.data[10:start].rstrip(b" \n") != _described(size, dtype)
         or len(array.data) - start != expected
     ):
         raise ReplyError(FailureCode.BAD_REPLY, "the array's header is not the one that was agreed")
-    return np.frombuffer(array.data, dtype=spec.dtype, offset=start)
+    return np.frombuffer(array.data, dtype=dtype, offset=start)
 
 
 def train_reply_records(vector: Vector, numbers: Mapping[str, int | float]) -> RecordDict:

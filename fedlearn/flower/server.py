@@ -18,7 +18,9 @@ from fedlearn.federation.run_folder import RunFolder
 from fedlearn.federation.session import ServerIdentity
 from fedlearn.federation.summary import finish
 from fedlearn.files import data_home
+from fedlearn.flower.grid import LocalGrid
 from fedlearn.flower.network import GridNetwork, is_simulation_runtime
+from fedlearn.learning.vectorized import Choice
 from fedlearn.privacy.noise import Noise, SecureNoise, SimulatedNoise
 from fedlearn.scenario import read_scenario
 from fedlearn.secagg.allow_list import AllowList
@@ -31,12 +33,17 @@ __all__ = ["build_server_app"]
 
 
 def build_server_app(
-    observer: Observer | None = None, clock: Clock | None = None, *, simulated: bool = False
+    observer: Observer | None = None,
+    clock: Clock | None = None,
+    *,
+    simulated: bool = False,
+    choice: Choice | None = None,
 ) -> ServerApp:
     """Return the ServerApp.
 
     Noise and secret draws come from the operating system, so that nobody can draw them again; only a simulation, here
     (``simulated``) or on Flower's simulation runtime, takes them from the run's seed, and its ledger says so.
+    ``choice`` says how a ``LocalGrid`` trains many clients at once; left out: one by one.
 
     Its run config says which run: ``resume`` (the folder of a run that exists), or ``scenario`` (a TOML file),
     ``set`` (overrides, separated by ``;``) and ``out`` (the new run's folder, as an absolute path). Under secure
@@ -48,26 +55,38 @@ def build_server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         folder = _open_folder(context)
+        simulation = grid if isinstance(grid, LocalGrid) else None
+        if simulation is None:
+            _refuse_faults(folder.config)
+        trainer = None if choice is None else choice.name
         time, seeded = clock or SystemClock(), simulated or is_simulation_runtime(grid)
         with folder.lock(), _identity(folder.config, context, simulated=seeded) as identity:
             federation = Federation(
                 folder.config,
                 load_task(folder.config.task),
-                GridNetwork(grid, time, clients=folder.config.federation.clients),
+                GridNetwork(
+                    grid,
+                    time,
+                    clients=folder.config.federation.clients,
+                    local=simulation if simulated else None,
+                    trainer=None if choice is None else choice.trainer,
+                ),
                 folder,
                 clock=time,
                 observer=observer or SilentObserver(),
                 noise=_noise(folder.config, seeded=seeded),
                 identity=identity,
+                simulated_clock=None if simulation is None else simulation.simulated_clock,
+                keeps_late=simulation is not None and simulated,
             )
             try:
                 state = federation.run()
             except RunFailedError:
                 kept = folder.load_state()
                 if kept is not None and federation.journal.holds(kept):
-                    finish(folder, federation.model, kept)  # the last good model is there to be used
+                    finish(folder, federation.model, kept, trainer=trainer)  # the last good model is there to be used
                 raise
-            finish(folder, federation.model, state)
+            finish(folder, federation.model, state, trainer=trainer)
 
     return app
 
@@ -121,12 +140,18 @@ def _open_folder(context: Context) -> RunFolder:
     if options.get("resume"):
         return RunFolder.open(Path(str(options["resume"])).expanduser())
     config = _config(options)
-    if config.faults.drop:
-        raise ConfigError("faults.drop", "only `fedlearn simulate` breaks things on purpose; leave it out here")
+    _refuse_faults(config)
     out = Path(str(options.get("out") or data_home() / "runs" / f"flower-{context.run_id}")).expanduser()
     if not out.is_absolute():  # what it would be relative to is where Flower's SuperLink was once started
         raise ConfigError("out", f"must be an absolute path, not {out}: Flower's runtime works in another folder")
     return RunFolder.create(out, config)
+
+
+def _refuse_faults(config: RunConfig) -> None:
+    """Raise where something is to break, or to take simulated time, that only a ``LocalGrid`` can break."""
+    if config.faults.asked:
+        reason = "only `fedlearn simulate` breaks things on purpose; leave it out here"
+        raise ConfigError(f"faults.{config.faults.asked[0]}", reason)
 
 
 def _config(options: Mapping[str, Any]) -> RunConfig:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flwr.app import Context, Message, RecordDict
 
+from fedlearn import profiling
+from fedlearn.flower.shared import Inbox, Outbox, Returns, size_of_arrays
+from fedlearn.profiling import Spent, span
 from fedlearn.sources import Clock
 
 __all__ = ["Answer", "Job", "Outcome", "WorkerPool"]
@@ -25,11 +27,15 @@ Job = tuple[Message, Context]
 
 
 class Answer(NamedTuple):
-    """A client's reply, what it keeps for its next message, and how long it worked, in seconds."""
+    """A client's reply, what it keeps for its next message, and how long it worked, in seconds.
+
+    ``spent`` is where a worker's time went since its last answer, while that is recorded (``fedlearn.profiling``).
+    """
 
     reply: Message
     state: RecordDict
     took_s: float
+    spent: Mapping[str, Spent] | None = None
 
 
 Work = Callable[[Job], Answer]
@@ -39,6 +45,10 @@ _AHEAD = 2
 
 _GRACE_S = 0.25
 """How long an answer may be on its way. The worker says how long it worked; this is only until it is killed."""
+
+
+_SHARED_BYTES = 1 << 26
+"""Memory that is shared for one array, at least."""
 
 
 class Outcome(Enum):
@@ -57,7 +67,9 @@ class _Worker:
 
 
 class WorkerPool:
-    """``count`` forked processes. They inherit the app, so nothing of it is pickled; messages are.
+    """``count`` forked processes. They inherit the app, so nothing of it is pickled; of messages all but arrays is.
+
+    They are forked when there is work for the first time: then it is known how much memory to share with them.
 
     A worker ends when this process does, however it does: its pipe closes. A worker that dies, or that is killed
     because it works for too long, costs only the message it worked on; another takes its place.
@@ -73,17 +85,21 @@ class WorkerPool:
         self._clock = clock
         self._fork = multiprocessing.get_context("fork")
         self._workers: list[_Worker] = []
-        for _ in range(count):
-            self._workers.append(self._start())
+        self._count = count
+        self._outbox: Outbox | None = None
+        self._returns: list[Returns] = []
 
     def close(self) -> None:
         """End every worker."""
         for worker in self._workers:
             self._stop(worker)
         self._workers.clear()
+        self._count = 0
 
     def map(self, jobs: list[Job], timeout_s: float | None) -> Iterator[Answer | Outcome]:
-        """Yield the outcome of each job in the jobs' order; while one is waited for, others are worked on ahead.
+        """Return the outcome of each job in the jobs' order; while one is waited for, others are worked on ahead.
+
+        The first jobs are handed out now, before the first outcome is asked for.
 
         Guarantees: a job is given up ``timeout_s`` seconds (and a moment, for an answer on its way) after a worker
         was given it, whatever it does; the others are not touched. At most ``2 * count`` answers are held.
@@ -91,22 +107,42 @@ class WorkerPool:
         Raises:
             ValueError: the pool is closed.
         """
-        if not self._workers:
+        if not self._count:
             raise ValueError("the workers are closed")
+        if not jobs:
+            return iter(())
+        outbox = self._begun(jobs[0])
+        self._give_up()
         waiting = deque(range(len(jobs)))
         done: dict[int, Answer | Outcome] = {}
+        self._hand_out(jobs, waiting, 0, timeout_s, done, outbox)
+        return self._outcomes(jobs, waiting, timeout_s, done, outbox)
+
+    def _outcomes(
+        self,
+        jobs: list[Job],
+        waiting: deque[int],
+        timeout_s: float | None,
+        done: dict[int, Answer | Outcome],
+        outbox: Outbox,
+    ) -> Iterator[Answer | Outcome]:
+        """Yield each outcome in order, and hand out what is left."""
         following = 0
         try:
             while following < len(jobs):
-                self._hand_out(jobs, waiting, following, timeout_s, done)
+                self._hand_out(jobs, waiting, following, timeout_s, done, outbox)
                 self._collect(done)
                 while following in done:
                     yield done.pop(following)
                     following += 1
         finally:
-            for position, worker in enumerate(self._workers):
-                if worker.job is not None:  # nobody wants the answer any more
-                    self._replace(position)
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Put a new worker in the place of each that still works on what nobody wants any more."""
+        for position, worker in enumerate(self._workers):
+            if worker.job is not None:
+                self._replace(position)
 
     def _hand_out(
         self,
@@ -115,13 +151,16 @@ class WorkerPool:
         following: int,
         timeout_s: float | None,
         done: dict[int, Answer | Outcome],
+        outbox: Outbox,
     ) -> None:
         """Give the next jobs to idle workers, not too far ahead."""
         for position in range(len(self._workers)):
             idle = self._workers[position].job is None
             if idle and waiting and waiting[0] < following + _AHEAD * len(self._workers):
                 index = waiting.popleft()
-                if self._give(position, pickle.dumps(jobs[index], pickle.HIGHEST_PROTOCOL)):
+                with span("messages"):
+                    given = self._give(position, outbox.dumps(jobs[index], position))
+                if given:
                     worker = self._workers[position]
                     worker.job = index
                     worker.due = None if timeout_s is None else self._clock.monotonic() + timeout_s + _GRACE_S
@@ -164,16 +203,34 @@ class WorkerPool:
         if index is None:
             return
         try:
-            done[index] = pickle.loads(worker.pipe.recv_bytes())  # noqa: S301 (our own fork wrote it)
+            with span("messages"):
+                answer: Answer = self._returns[position].loads(worker.pipe.recv_bytes())
         except (EOFError, OSError):
             done[index] = Outcome.LOST
             self._replace(position)
+        else:
+            done[index] = answer
+            if self._outbox is not None:
+                self._outbox.read(position)
+            profiling.merge(position, answer.spent)
 
-    def _start(self) -> _Worker:
+    def _begun(self, job: Job) -> Outbox:
+        """Fork the workers, if they are not there yet; return what they are sent messages by."""
+        if self._outbox is None:
+            size = max(_SHARED_BYTES, 2 * size_of_arrays(job))  # memory that is never touched costs nothing
+            self._outbox = Outbox(size)
+            self._returns = [Returns(2 * size) for _ in range(self._count)]
+            for position in range(self._count):
+                self._workers.append(self._start(position, self._outbox))
+        return self._outbox
+
+    def _start(self, position: int, outbox: Outbox) -> _Worker:
         """Fork one worker."""
         here, there = self._fork.Pipe()
         inherited = [worker.pipe for worker in self._workers] + [here]
-        process = self._fork.Process(target=_serve, args=(self._work, there, inherited), daemon=True)
+        process = self._fork.Process(
+            target=_serve, args=(self._work, there, inherited, outbox.inbox(), self._returns[position]), daemon=True
+        )
         process.start()
         there.close()
         return _Worker(process, here)
@@ -181,7 +238,9 @@ class WorkerPool:
     def _replace(self, position: int) -> None:
         """Stop one worker and put a new one in its place."""
         self._stop(self._workers[position])
-        self._workers[position] = self._start()
+        if self._outbox is not None:
+            self._outbox.read(position)
+            self._workers[position] = self._start(position, self._outbox)
 
     def _stop(self, worker: _Worker) -> None:
         """Kill one worker and bury it."""
@@ -191,7 +250,7 @@ class WorkerPool:
         worker.process.close()
 
 
-def _serve(work: Work, pipe: Connection, inherited: list[Connection]) -> None:
+def _serve(work: Work, pipe: Connection, inherited: list[Connection], inbox: Inbox, returns: Returns) -> None:
     """Answer messages until the pipe closes. Runs in the worker."""
     for other in inherited:
         other.close()  # else the parent's death would close no pipe
@@ -199,9 +258,18 @@ def _serve(work: Work, pipe: Connection, inherited: list[Connection]) -> None:
     if "torch" in sys.modules:
         # The threads of the parent's OpenMP pool do not live on in a fork; asking for them would wait for ever.
         sys.modules["torch"].set_num_threads(1)
+    profiling.forked()
     while True:
         try:
-            job: Any = pickle.loads(pipe.recv_bytes())  # noqa: S301 (the parent wrote it)
+            received = pipe.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)
-        pipe.send_bytes(pickle.dumps(work(job), pickle.HIGHEST_PROTOCOL))
+        with span("decode"):
+            job: Job = inbox.loads(received)
+        answer = work(job)
+        if profiling.is_on():
+            answer = answer._replace(spent=profiling.take())
+        with span("encode"):
+            answered = returns.dumps(answer)
+        with span("send"):
+            pipe.send_bytes(answered)

@@ -269,7 +269,7 @@ def replies(tmp_path, monkeypatch):
             "training": training or {},
             "data": {"partition": "natural"},
             "privacy": {"unit": "client", "noise-multiplier": 1.0, **privacy},
-            "simulation": {"workers": workers},
+            "simulation": {"workers": workers, "trainer": "sequential"},
         }
         tables["federation"] = {key.replace("_", "-"): value for key, value in tables["federation"].items()}
         folder = RunFolder.create(tmp_path / str(next(names)), RunConfig.from_mapping(tables))

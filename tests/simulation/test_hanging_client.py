@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from fedlearn.config import RunConfig
+from fedlearn.config import FederationConfig, RunConfig
 from fedlearn.federation.run_folder import RunFolder
+from fedlearn.flower.client import prepare_clients
 from fedlearn.simulation.engine import simulate
 
 CLIENTS = 6
@@ -61,7 +62,7 @@ def run(tmp_path, monkeypatch):
                 **federation,
             },
             "data": {"partition": "natural"},
-            "simulation": {"workers": workers},
+            "simulation": {"workers": workers, "trainer": "sequential"},
         }
         folder = RunFolder.create(tmp_path / str(next(numbers)), RunConfig.from_mapping(config))
         return folder, simulate(folder)
@@ -101,3 +102,21 @@ def test_a_client_that_hangs_in_every_round_leaves_nothing_behind_for_the_next(r
         assert [line["failures"] for line in folder.metrics()] == [{"1": "no-reply"}] * 3
         models.add(summary["model_sha256"])
     assert len(models) == 1
+
+
+def test_what_hangs_on_trial_is_trained_one_by_one(tmp_path, monkeypatch):
+    """Whether clients can be trained many at once is tried before the first round, aside and for so long only."""
+    monkeypatch.setattr("fedlearn.flower.site._TRIAL_S", 0.3)
+    task = tmp_path / "hanging.py"
+    task.write_text(f"IN_LOSS, IN_PREPARE = 0, -1\n{HANGING}")
+    site = prepare_clients(RunConfig(task=str(task), federation=FederationConfig(clients=CLIENTS)))
+    choice = site.trainer("auto")
+    assert choice.trainer is None
+    assert "it took longer than 0.3 s" in choice.reason
+
+
+def test_what_ends_its_process_on_trial_is_trained_one_by_one(tmp_path):
+    task = tmp_path / "ending.py"
+    task.write_text(f"IN_LOSS, IN_PREPARE = 0, -1\n{HANGING}".replace("time.sleep(600)", "import os; os._exit(1)"))
+    site = prepare_clients(RunConfig(task=str(task), federation=FederationConfig(clients=CLIENTS)))
+    assert "its process ended" in site.trainer("auto").reason
