@@ -9,8 +9,8 @@
     ├── training: TrainingConfig         the algorithm and its numbers
     ├── privacy: PrivacyConfig           what is promised, to whom, against whom (privacy_config.py)
     ├── secagg: SecaggConfig             what the server sees of a client (secagg_config.py)
-    ├── simulation: SimulationConfig     speed only; never the result
-    └── faults: FaultsConfig             what a simulation breaks on purpose
+    ├── simulation: SimulationConfig     speed; of the result, the rounding alone
+    └── faults: FaultsConfig             what a simulation breaks on purpose (faults_config.py)
 
 TOML keys are the field names in kebab-case. A configuration that exists is valid: each class checks itself
 on construction and fills in what follows from the rest (``cohort``, ``min_respondents``, ``local_epochs``).
@@ -24,6 +24,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
 from fedlearn.config_reading import (
@@ -41,12 +42,17 @@ from fedlearn.config_reading import (
     write_table,
 )
 from fedlearn.errors import ConfigError
+from fedlearn.faults_config import Attack, Availability, DeviceKind, DropMoment, FaultsConfig, FaultyLeg
 from fedlearn.privacy_config import Amplification, GradSampleMode, Mechanism, PrivacyConfig, PrivacyUnit, Trust
 from fedlearn.secagg_config import LEAST_COHORT, MOST_ROUND_S, SecaggConfig, SecaggMode, SecaggSuite
 
 __all__ = [
     "Amplification",
+    "Attack",
+    "Availability",
     "DataConfig",
+    "DeviceKind",
+    "DropMoment",
     "Engine",
     "Evaluation",
     "FaultsConfig",
@@ -63,15 +69,16 @@ __all__ = [
     "SecaggMode",
     "SecaggSuite",
     "SimulationConfig",
+    "Trainer",
     "TrainingConfig",
     "Trust",
     "Weighting",
 ]
 
 Engine = Literal["local", "flower"]
+Trainer = Literal["auto", "sequential", "vmap", "stacked"]
 Evaluation = Literal["auto", "central", "federated", "both", "off"]
 Partition = Literal["iid", "dirichlet", "shards", "natural", "quantity"]
-FaultyLeg = Literal["any", "advertise", "share", "mask", "consistent", "unmask"]
 Sampling = Literal["auto", "fixed-size", "poisson", "separated"]
 Weighting = Literal["auto", "uniform", "examples"]
 
@@ -194,37 +201,26 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimulationConfig:
-    """What changes the speed of a simulation and never its result.
+    """What changes the speed of a simulation, and of its result no more than the rounding.
+
+    For one ``trainer`` the result is the same to the last bit, whatever ``workers`` is; another trainer adds up the
+    same numbers in another order.
 
     Attributes:
-        workers: processes beside this one; 0: none.
-        engine: what runs the clients; only ``local`` can be asked for here.
+        workers: processes beside this one; 0: none. Under ``flower`` as many of Ray's actors; 0: one for each CPU.
+        engine: what runs the clients: ``local``, or ``flower`` for Flower's own simulation runtime, on Ray, which can
+            span several machines.
+        trainer: whether clients are trained one by one (``sequential``) or many in one computation (``stacked`` where
+            all that is trained lies in linear layers, ``vmap`` for other models); ``auto``: the fastest that the
+            model allows.
     """
 
     workers: int = field(default=0, metadata=integer(minimum=0))
     engine: Engine = field(default="local", metadata=choice(get_args(Engine)))
+    trainer: Trainer = field(default="auto", metadata=choice(get_args(Trainer)))
 
     def __post_init__(self) -> None:
         check_fields(self, "simulation")
-        if self.engine == "flower":
-            reason = '"flower" cannot be started from here in fedlearn 0.1; use `flwr run .` (see README).'
-            raise ConfigError("simulation.engine", reason)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FaultsConfig:
-    """What a simulation breaks on purpose.
-
-    Attributes:
-        drop: the probability, in [0, 1), that an invited client does not answer.
-        leg: from which leg of secure aggregation on such a client is gone; ``any``: drawn for each of them.
-    """
-
-    drop: float = field(default=0.0, metadata=number(minimum=0, below=1))
-    leg: FaultyLeg = field(default="any", metadata=choice(get_args(FaultyLeg)))
-
-    def __post_init__(self) -> None:
-        check_fields(self, "faults")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +252,7 @@ class RunConfig:
         self._settle_secagg()
         self._settle_weighting()
         self._settle_sampling()
+        self._check_engine()
         if self.privacy.unit == "client":
             self._settle_client_privacy()
         if self.privacy.unit == "example" and self.federation.evaluation in ("federated", "both"):
@@ -273,6 +270,9 @@ class RunConfig:
             if self.faults.leg != "any":
                 raise ConfigError("faults.leg", "is a leg of secure aggregation, and secagg.mode is off")
             return
+        if tampering := self.faults.unmasked:
+            reason = "changes a single update on its way, and under secagg none travels by itself"
+            raise ConfigError(f"faults.{tampering}", f'{reason}; drop, delay, duplicate, crash and "label-flip" remain')
         if self.federation.cohort < LEAST_COHORT:
             reason = (
                 f"must be at least {LEAST_COHORT} under secagg: of two, each learns the other's update from the sum"
@@ -330,6 +330,17 @@ class RunConfig:
             raise ConfigError("privacy.amplification", f"{reason}; draw it that way, or leave this out")
         if self.privacy.amplification == "auto":
             _set(self, "privacy", amplification="poisson" if client and sampling == "poisson" else "none")
+
+    def _check_engine(self) -> None:
+        """Refuse what only the local engine can do, or break."""
+        if self.simulation.engine == "local":
+            return
+        if self.simulation.trainer not in ("auto", "sequential"):
+            reason = f'"{self.simulation.trainer}" trains many clients at once, which Flower\'s runtime does not'
+            raise ConfigError("simulation.trainer", f'{reason}; leave it out, or simulation.engine = "local"')
+        if self.faults.asked:
+            reason = 'Flower\'s runtime breaks nothing on purpose; leave it out, or simulation.engine = "local"'
+            raise ConfigError(f"faults.{self.faults.asked[0]}", reason)
 
     def _settle_client_privacy(self) -> None:
         """Say how far apart participations are, and refuse a delta that promises nothing."""
@@ -400,17 +411,23 @@ class RunConfig:
     def sha256(self) -> str:
         """Return the hexadecimal SHA-256 of the canonical JSON without the ``simulation`` section.
 
-        That section changes only the speed. Defaults count as if they had been written out, so that a
-        scenario and the ``config.toml`` of its run have the same hash.
+        That section changes the speed and no more of a result than its rounding. Defaults count as if they had been
+        written out, so that a scenario and the ``config.toml`` of its run have the same hash.
         """
-        table = self.to_mapping()
-        del table["simulation"]
-        return hashlib.sha256(_canonical(table).encode("ascii")).hexdigest()
+        return _sha256(self)
 
 
 def _set(config: RunConfig, name: str, **values: object) -> None:
     """Fill in keys of one section of a frozen config."""
     object.__setattr__(config, name, replace(getattr(config, name), **values))
+
+
+@lru_cache(maxsize=8)
+def _sha256(config: RunConfig) -> str:
+    """Return ``config.sha256()``: asked for in every round."""
+    table = config.to_mapping()
+    del table["simulation"]
+    return hashlib.sha256(_canonical(table).encode("ascii")).hexdigest()
 
 
 def _canonical(table: Mapping[str, Any]) -> str:

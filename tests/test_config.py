@@ -513,10 +513,15 @@ def test_a_leg_that_is_never_sent_cannot_be_the_one_clients_are_lost_at() -> Non
     assert refused("faults.leg=mask").key == "faults.leg"
 
 
-def test_flower_engine_names_the_next_step() -> None:
-    error = refused("simulation.engine=flower")
-    assert error.key == "simulation.engine"
-    assert "use `flwr run .` (see README)" in error.reason
+def test_flowers_engine_breaks_nothing_on_purpose() -> None:
+    error = refused("simulation.engine=flower", "faults.drop=0.1")
+    assert error.key == "faults.drop"
+    assert 'simulation.engine = "local"' in error.reason
+
+
+def test_flowers_engine_trains_one_by_one() -> None:
+    assert refused("simulation.engine=flower", "simulation.trainer=vmap").key == "simulation.trainer"
+    assert RunConfig.from_toml('[simulation]\nengine = "flower"\ntrainer = "sequential"').simulation.engine == "flower"
 
 
 # Files

@@ -1,47 +1,121 @@
-"""The simulation engine: the unmodified ServerApp and ClientApp on a ``LocalGrid``."""
+"""The simulation engine: the unmodified ServerApp and ClientApp on a ``LocalGrid``, or on Flower's own runtime."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+from fedlearn.config import RunConfig
+from fedlearn.data.loaders import Dealt
+from fedlearn.errors import ConfigError
 from fedlearn.federation.observer import Observer
 from fedlearn.federation.run_folder import RunFolder
 from fedlearn.flower.client import build_client_app, prepare_clients
+from fedlearn.flower.client_log import client_log
 from fedlearn.flower.grid import LocalGrid
 from fedlearn.flower.server import build_server_app
+from fedlearn.flower.site import Site
+from fedlearn.simulation.devices import SeededDevices
 from fedlearn.simulation.faults import SeededFaults
 from fedlearn.sources import SeedTree
 
 __all__ = ["simulate"]
 
 
-def simulate(folder: RunFolder, observer: Observer | None = None) -> dict[str, Any]:
+log = logging.getLogger("fedlearn.simulation")
+
+
+def simulate(
+    folder: RunFolder, observer: Observer | None = None, say: Callable[[str], None] = log.warning
+) -> dict[str, Any]:
     """Run the federation that ``folder`` describes, from its last kept round to the end; return its summary.
 
     Guarantees: the same configuration gives the same model to the last bit, on every run, after every crash, and
     for any number of workers. What the clients log goes to ``clients.log`` in the folder.
 
+    Args:
+        folder: the run.
+        observer: who watches.
+        say: is told, before the first round, what a person should know: why clients are not trained many at once.
+
     Raises:
         FedlearnError: as ``fedlearn.federation.rounds.Federation`` says; rounds that were finished are kept.
     """
     config = folder.config
-    faults = SeededFaults(config.faults, SeedTree.root(config.seed).child("faults"))
-    prepare_clients(config)
+    if config.simulation.engine == "flower":
+        from fedlearn.simulation.flower_engine import simulate_on_flower
+
+        return simulate_on_flower(folder, observer, _node_config(folder))
+    site = prepare_clients(config)
+    choice = site.trainer(config.simulation.trainer)
+    if choice.reason:
+        say(f"clients are trained one by one: {choice.reason}")
+    seeds = SeedTree.root(config.seed).child("faults")
+    devices = _devices(config, site, seeds) if config.faults.timed else None
+    faults = SeededFaults(
+        config.faults,
+        seeds,
+        clients=config.federation.clients,
+        classes=_classes(config, site),
+        devices=devices,
+    )
     with (
-        _client_log(folder),
+        client_log(folder.path / "clients.log"),
         LocalGrid(
             build_client_app(),
             clients=config.federation.clients,
             workers=config.simulation.workers,
             faults=faults,
+            devices=devices,
             node_config=_node_config(folder),
         ) as grid,
     ):
-        grid.serve(build_server_app(observer, simulated=True), {"resume": str(folder.path)})
+        grid.serve(build_server_app(observer, simulated=True, choice=choice), {"resume": str(folder.path)})
     return folder.summary()
+
+
+def _devices(config: RunConfig, site: Site, seeds: SeedTree) -> SeededDevices:
+    """Return the devices that a run is simulated on."""
+    held, spec = site.distribution(), site.model.spec
+
+    def size_of(client: int, purpose: str) -> int:
+        if isinstance(held, Dealt):
+            parts = held.train if purpose == "train" else held.test
+            return len(parts[client]) if parts else 0
+        data = held.client(client)
+        return len(data.train) if purpose == "train" else 0 if data.test is None else len(data.test)
+
+    return SeededDevices(
+        config.faults,
+        seeds.child("devices"),
+        training=config.training,
+        model_bytes=spec.size * spec.dtype.itemsize,
+        deadline_s=config.federation.round_timeout_s,
+        size_of=size_of,
+        clients=config.federation.clients,
+        cohort=config.federation.cohort,
+    )
+
+
+def _classes(config: RunConfig, site: Site) -> int:
+    """Return how many classes there are where labels are turned round; 0 where they are not.
+
+    Raises:
+        ConfigError: the targets are no classes, so that there is nothing to turn round.
+    """
+    if not config.faults.byzantine or config.faults.attack != "label-flip":
+        return 0
+    held = site.distribution()
+    labels = (held.pool.train if isinstance(held, Dealt) else held.client(0).train).labels()
+    named = len(site.task.label_names)
+    if labels is None:
+        reason = '"label-flip" needs targets that are classes, one integer an example, and this task has others'
+        raise ConfigError("faults.attack", f'{reason}; "sign-flip" and "scale" go with any')
+    if not named and not isinstance(held, Dealt):
+        reason = '"label-flip" needs to know all classes, and no pool is dealt out here: set label_names in the task'
+        raise ConfigError("faults.attack", f'{reason}; "sign-flip" and "scale" go with any')
+    return max(named, int(labels.max(initial=0)) + 1)
 
 
 def _node_config(folder: RunFolder) -> dict[str, str | float]:
@@ -51,19 +125,3 @@ def _node_config(folder: RunFolder) -> dict[str, str | float]:
         return {}
     told: dict[str, str | float] = {"ledger-folder": str(folder.path / "clients")}
     return told if privacy.budget is None else {**told, "max-epsilon": privacy.budget}
-
-
-@contextmanager
-def _client_log(folder: RunFolder) -> Iterator[None]:
-    """Send the clients' log to a file: on devices, too, it stays with the client."""
-    log = logging.getLogger("fedlearn.client")
-    handler = logging.FileHandler(folder.path / "clients.log", delay=True, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    propagate, log.propagate = log.propagate, False
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.propagate = propagate
-        handler.close()

@@ -142,7 +142,7 @@ def _without_chance(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.skipif(not HAS_RAY, reason="needs fedlearn[ray]")
 def test_three_rounds_end_in_the_model_of_the_local_engine(runtime: Runtime, tmp_path: Path) -> None:
     """To the last bit: clients are named by their partition, summed in their order, and compute on one thread."""
-    overrides = ["federation.rounds=3", "federation.clients=4", "federation.cohort=3"]
+    overrides = ["federation.rounds=3", "federation.clients=4", "federation.cohort=3", "simulation.trainer=sequential"]
     out = tmp_path / "flower"
     ended = runtime.run(4, set="; ".join(overrides), out=str(out))
     assert ended["status"] == "finished:completed", ended["status-details"]
@@ -273,7 +273,7 @@ def test_refusals_travel_through_flowers_store_as_codes(
     """An error reply keeps its code and its client, and its text stays in the client's log."""
     (tmp_path / "moody.py").write_text(MOODY)
     overrides = [f"task={tmp_path}/moody.py", "federation.clients=5", "federation.rounds=2", "data.partition=iid"]
-    overrides.append("federation.min-respondents=1")
+    overrides += ["federation.min-respondents=1", "simulation.trainer=sequential"]
     _on_flowers_store(monkeypatch, 5, {"set": "; ".join(overrides), "out": str(tmp_path / "flower")})
     local = RunFolder.create(tmp_path / "local", read_scenario(None, overrides))
     expected = simulate(local)
