@@ -114,6 +114,7 @@ def bernoulli(stream: Keystream, probability: float, size: int) -> NDArray[np.bo
     Raises:
         ValueError: ``probability`` is not in [0, 1].
 
+    >>> from fedlearn.privacy.noise import Keystream
     >>> stream = Keystream(bytes(32))
     >>> bernoulli(stream, 1.0, 3).tolist(), bernoulli(stream, 0.0, 3).tolist()
     ([True, True, True], [False, False, False])

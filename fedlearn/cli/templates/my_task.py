@@ -57,7 +57,9 @@ class MyTask(Task):
     def load_pool(self, path: Path | None) -> Pool:
         """Return what a simulation deals out to its clients; path is data.path of the scenario, or None.
 
-        Every example carries its natural id in groups: data.partition = "natural" makes each id a client.
+        Every example carries its natural id in groups: data.partition = "natural" makes each id a client. For more
+        clients than fit into memory there is load_client(client, clients, path), which makes one client's data when it
+        is asked for.
         """
         if path is None:  # with data of your own: raise DataError("say where it is: --set data.path=FILE")
             train, test = _split(_made_up(2500, seed=1), "the made-up data")
