@@ -102,6 +102,9 @@ class Kernel(ABC):
         count: how many clients.
     """
 
+    _stack: Stack
+    """The parameters that are formed: all of them, where steps are given from outside."""
+
     def __init__(self, model: FlatModel, task: Task, received: Vector, count: int) -> None:
         self.model, self.task, self.count = model, task, count
         self.trained = model.spec.trainable_size
@@ -134,17 +137,17 @@ class Kernel(ABC):
     def clipped_sums(self, inputs: Tensor, targets: Tensor, batch: Batch, bound_l2: float) -> tuple[Tensor, Tensor]:
         """Return each client's sum of clipped gradients, shape (active, trained), float64, and the losses."""
 
-    @abstractmethod
     def move(self, active: int, steps: Tensor) -> None:
         """Let the first ``active`` clients take a step of these gradients, shape (active, trained)."""
+        self._stack.move(active, steps)
 
-    @abstractmethod
     def velocity(self, place: int) -> NDArray[np.floating[Any]] | None:
         """Return a copy of one client's momentum, shape (trained,), where there is any."""
+        return self._stack.velocity_of(place)
 
-    @abstractmethod
     def begin_with(self, place: int, velocity: NDArray[np.floating[Any]]) -> None:
         """Let one client begin with this momentum."""
+        self._stack.begin_with(place, velocity)
 
     @abstractmethod
     def finite(self) -> Tensor:

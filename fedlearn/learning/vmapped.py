@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlearn.arrays import Vector
@@ -101,18 +99,6 @@ class VmapKernel(Kernel):
                 safe = each.double().masked_fill((factors == 0)[..., None], 0.0)
                 total[part, self.model.spec.slices[name]] = torch.einsum("kb,kbd->kd", factors, safe)
         return total, losses.detach()
-
-    def move(self, active: int, steps: Tensor) -> None:
-        """Let clients take a step of these gradients."""
-        self._stack.move(active, steps)
-
-    def velocity(self, place: int) -> NDArray[np.floating[Any]] | None:
-        """Return a copy of one client's momentum."""
-        return self._stack.velocity_of(place)
-
-    def begin_with(self, place: int, velocity: NDArray[np.floating[Any]]) -> None:
-        """Let one client begin with this momentum."""
-        self._stack.begin_with(place, velocity)
 
     def finite(self) -> Tensor:
         """Return whether each update is finite."""
