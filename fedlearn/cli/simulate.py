@@ -172,7 +172,7 @@ def _is_unspent(folder: RunFolder) -> bool:
 
 def _discard(folder: RunFolder) -> None:
     """Take away the folder of a run that could not begin, so that the same command can be corrected and repeated."""
-    for name in ("config.toml", "ledger.jsonl", "metrics.jsonl", ".lock"):
+    for name in ("config.toml", "ledger.jsonl", "metrics.jsonl", ".lock", "checkpoint/trainer.json"):
         (folder.path / name).unlink(missing_ok=True)
     with suppress(OSError):  # whatever else is in it is not ours
         (folder.path / "checkpoint").rmdir()

@@ -108,9 +108,9 @@ def _train(message: Message, context: Context) -> RecordDict:
 
 def _train_group(message: Message, context: Context) -> RecordDict:
     """Train many clients of a simulation at once, and answer with their sum."""
-    members, trainer = read_group(message.content)
     if _is_device(context):
         raise ReplyError(FailureCode.REFUSED, "a device trains for itself alone")
+    members, trainer = read_group(message.content)
     plan, site, received = _open(message, context, more={"group"})
     if plan.config.secagg.mode != "off" or trainer not in get_args(Vectorised):
         raise ReplyError(FailureCode.REFUSED, "clients whose updates are masked are not trained many at a time")

@@ -128,15 +128,6 @@ class LocalGrid(Grid):
         """The simulated clock, where clients take simulated time."""
         return None if self._devices is None else self._devices.clock
 
-    def client_of(self, node: int) -> int:
-        """Return the client that a node is.
-
-        Raises:
-            ValueError: there is no such node.
-        """
-        self._check(node)
-        return node - 1
-
     def node_of(self, client: int) -> int:
         """Return the node that a client is.
 
@@ -302,8 +293,6 @@ class LocalGrid(Grid):
         if outcome is Outcome.LOST or (group and outcome is Outcome.NO_REPLY):
             return outcome  # a death is known at once; a group's clients are asked one by one, and take their time then
         kind = "train" if group else about.message_type
-        if group and isinstance(outcome, Outcome):
-            return outcome  # its members are asked one by one, and their time is counted then
         if self._phase != (about.group_id, kind):
             self._phase, self._begun_s = (about.group_id, kind), devices.clock.monotonic()
         missing = outcome is Outcome.NO_REPLY or (fate.lost != "" and isinstance(outcome, Answer))

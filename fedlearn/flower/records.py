@@ -169,6 +169,9 @@ def read_group_reply(
         sizes: ``single_bytes`` of a member.
     """
     if message.has_error():
+        log.warning(
+            "asking %d clients one by one (%s): in one computation %s", len(members), members[0], message.error.reason
+        )
         return None
     clipped = plan.bound_l2 is not None
     size, dtype = (spec.trainable_size, np.dtype(np.float64)) if clipped else (spec.size, spec.dtype)

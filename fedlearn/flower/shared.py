@@ -65,6 +65,10 @@ class Outbox:
         """Note that a reader has answered, or never will."""
         self._readers.pop(reader, None)
 
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._memory.close()
+
     def inbox(self) -> Inbox:
         """Return what a worker, which inherits the memory, reads it by."""
         return Inbox(self._memory)

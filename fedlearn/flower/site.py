@@ -53,7 +53,7 @@ class Site:
         path = node_config.get("data-path")
         if path is None and client in self._kept and "label-flip" not in node_config:
             return self._kept[client]
-        if path is None and client >= self.distribution().clients:
+        if path is None and not 0 <= client < self.distribution().clients:
             raise ReplyError(FailureCode.BAD_REQUEST, f"partition-id {client}, but the run has fewer clients")
         if path is None and not prepares(self.task):
             data = self.distribution().client(client)
@@ -106,7 +106,8 @@ class Site:
                     trainer=None, reason=f"a few clients were to be trained many at once on trial, and {error}"
                 )
         if choice.trainer is None and wanted != "auto":
-            raise ConfigError("simulation.trainer", f'"{wanted}" does not go with this run: {choice.reason}')
+            reason = f'"{wanted}" does not go with this run: {choice.reason}'
+            raise ConfigError("simulation.trainer", f'{reason}. Leave it out, or set "sequential"')
         return choice
 
     def _choice(self, wanted: Vectorised | Literal["auto"]) -> Choice:

@@ -95,6 +95,9 @@ class WorkerPool:
             self._stop(worker)
         self._workers.clear()
         self._count = 0
+        for memory in (self._outbox, *self._returns):
+            if memory is not None:
+                memory.close()
 
     def map(self, jobs: list[Job], timeout_s: float | None) -> Iterator[Answer | Outcome]:
         """Return the outcome of each job in the jobs' order; while one is waited for, others are worked on ahead.
@@ -159,7 +162,7 @@ class WorkerPool:
             if idle and waiting and waiting[0] < following + _AHEAD * len(self._workers):
                 index = waiting.popleft()
                 with span("messages"):
-                    given = self._give(position, outbox.dumps(jobs[index], position))
+                    given = self._give(position, jobs[index], outbox)
                 if given:
                     worker = self._workers[position]
                     worker.job = index
@@ -167,11 +170,12 @@ class WorkerPool:
                 else:
                     done[index] = Outcome.LOST
 
-    def _give(self, position: int, job: bytes) -> bool:
+    def _give(self, position: int, job: Job, outbox: Outbox) -> bool:
         """Send a job to a worker; to its successor where it died idle. Return whether one of them took it."""
         for _ in range(2):
             try:
-                self._workers[position].pipe.send_bytes(job)
+                # Anew for a successor: what was placed for a worker that died may be overwritten.
+                self._workers[position].pipe.send_bytes(outbox.dumps(job, position))
             except OSError:
                 self._replace(position)
             else:

@@ -41,7 +41,7 @@ def aside(work: Callable[[], T], timeout_s: float) -> T:
             raise AsideError(f"it took longer than {timeout_s:g} s")
         result: T = here.recv()
     except EOFError:
-        raise AsideError("its process ended") from None
+        raise AsideError("its process ended (with simulation.workers = 1 that costs a worker, not the run)") from None
     finally:
         here.close()
         process.kill()

@@ -33,6 +33,9 @@ from fedlearn.learning.schedule import Schedule
 
 __all__ = ["Factored", "Formed", "Forward", "Layer", "Place", "is_cheaper_formed", "places_of", "stack_of"]
 
+_ROUNDING = 2.0**-42
+"""Of the square of a sum of lengths: what float64 may lose in its Gram matrix, of hundreds of rows of thousands."""
+
 _FORMED_COST = 10
 """How many multiplications of the thin products cost as much as one weight that is read, changed and written."""
 
@@ -244,12 +247,17 @@ class Factored(Layer):
         return bounds
 
     def update_squares(self) -> Tensor:
-        """Return Σ_rr' c_r c_r' (x_r·x_r' + 1)(δ_r·δ_r'), in float64."""
+        """Return Σ_rr' c_r c_r' (x_r·x_r' + 1)(δ_r·δ_r'), in float64, and what rounding may have taken from it.
+
+        Where a client's steps cancel, the sum is a small difference of large terms: never less than the truth.
+        """
         x, d = (each.double() for each in self._whole())
         d = d * self._final()[..., None]
         gram = torch.bmm(x, x.transpose(1, 2)).add_(self._one)
         squares: Tensor = (gram * torch.bmm(d, d.transpose(1, 2))).sum(dim=(1, 2))
-        return squares
+        lengths = ((x.norm(dim=2) + self._one) * d.norm(dim=2)).sum(dim=1)
+        rounded: Tensor = squares.clamp(min=0.0) + _ROUNDING * lengths.square()
+        return rounded
 
     def weighted(self, factors: Tensor, total: Tensor) -> None:
         """Add one product over the rows of all clients."""
@@ -361,7 +369,10 @@ class Formed(Layer):
         if x.shape[2] == 1:
             return d.square().sum(dim=(2, 3)) * (x.square().sum(dim=(2, 3)) + one)
         products = torch.matmul(x, x.transpose(2, 3)).add_(one)
-        return (products * torch.matmul(d, d.transpose(2, 3))).sum(dim=(2, 3)).clamp(min=0.0)
+        squares = (products * torch.matmul(d, d.transpose(2, 3))).sum(dim=(2, 3)).clamp(min=0.0)
+        lengths = ((x.norm(dim=3) + one) * d.norm(dim=3)).sum(dim=2)
+        rounded: Tensor = squares + _ROUNDING * lengths.square()
+        return rounded
 
     def sum_of_examples(self, factors: Tensor, total: Tensor) -> None:
         """Write Σ factor · δᵀx of every client."""
@@ -415,7 +426,9 @@ def places_of(model: FlatModel) -> list[Place]:
 
 
 def _is_known(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
-    """Return whether a layer is a plain linear one, or a plain convolution: no subclass, which may do anything."""
+    """Return whether a layer is a plain linear one, or a plain convolution: nothing that may do anything else."""
+    if "forward" in layer.__dict__:
+        return False
     if type(layer) is nn.Conv2d:
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return type(layer) is nn.Linear

@@ -19,7 +19,7 @@ from fedlearn.learning.schedule import Batch
 from fedlearn.learning.task import Examples, Task
 from fedlearn.learning.trainer import losses_of
 
-__all__ = ["VmapKernel"]
+__all__ = ["VmapKernel", "quietly"]
 
 _MOST_NUMBERS = 2**25  # gradients of examples held at a time, in numbers: 128 MiB
 
@@ -75,7 +75,7 @@ class VmapKernel(Kernel):
         """Take one step of plain descent."""
         active = batch.active
         own = {name: view[:active] for name, view in self._views.items()}
-        with _quietly():
+        with quietly():
             gradients, (_, losses) = self._gradients(own, inputs, targets, batch.mean_weights(self.received.dtype))
         for name, gradient in gradients.items():
             self._stack.move(active, gradient.reshape(active, -1), self.model.spec.slices[name])
@@ -84,12 +84,14 @@ class VmapKernel(Kernel):
     def clipped_sums(self, inputs: Tensor, targets: Tensor, batch: Batch, bound_l2: float) -> tuple[Tensor, Tensor]:
         """Return sums of clipped gradients, some clients at a time where the gradients of all do not fit."""
         total = torch.zeros(batch.active, self.trained, dtype=torch.float64)
+        if not batch.rows.shape[1]:
+            return total, torch.zeros(batch.rows.shape, dtype=self.received.dtype)
         losses = torch.zeros(batch.rows.shape, dtype=self.received.dtype)
         together = max(1, _MOST_NUMBERS // max(1, batch.rows.shape[1] * self.trained))
         for start in range(0, batch.active, together):
             part = slice(start, min(start + together, batch.active))
             own = {name: view[part] for name, view in self._views.items()}
-            with _quietly():
+            with quietly():
                 gradients, losses[part] = self._of_examples(own, inputs[part], targets[part])
             valid = batch.valid[part]
             rows = {name: each.reshape(*valid.shape, -1) for name, each in gradients.items()}
@@ -117,7 +119,7 @@ class VmapKernel(Kernel):
 def _check_layers(module: nn.Module) -> None:
     """Raise ``UnsuitableError`` for layers whose behaviour is known, in words a person can use."""
     for name, layer in module.named_modules():
-        said = f"{name or 'the model'} ({type(layer).__name__})"
+        said = f"layer {name!r} ({type(layer).__name__})" if name else f"the model ({type(layer).__name__})"
         if isinstance(layer, _MIXING):
             raise UnsuitableError(f"{said} mixes the examples of a batch and keeps running means")
         if isinstance(layer, _RECURRENT):
@@ -132,7 +134,7 @@ def _is_at_random(layer: Any) -> bool:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep torch from warning that an operation has no fast rule in vmap; slow, it is right all the same."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")

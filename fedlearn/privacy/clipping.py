@@ -206,6 +206,7 @@ class ClippedSum:
         self.bound_l2, self.grid = bound_l2, grid
         self.count = self.within = 0
         self._rounding = 0.5  # how far one client can move an entry by rounding, in steps of the grid
+        self._regrouped = 0.0  # and the sum by making 64 others be clipped in another way
         self._units: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
 
     def add(self, update: ClippedUpdate) -> None:
@@ -232,7 +233,8 @@ class ClippedSum:
         """Add the sum of many clients' updates, rounded as a whole.
 
         Without one of them, a sum may be rounded up where it was rounded down: a client then moves the result by up to
-        one step of the grid in each entry beside its own update, and ``sensitivity_l2`` says so.
+        one step of the grid in each entry beside its own update. And if a group comes to nothing because of one client,
+        the others are clipped one by one, to the bound itself instead of 2^-20 less. ``sensitivity_l2`` counts both.
 
         Raises:
             ValueError: it was clipped to another bound, or has another length.
@@ -245,7 +247,7 @@ class ClippedSum:
         self._units += np.rint(group.total / self.grid).astype(np.int64)
         self.count += group.count
         self.within += group.within
-        self._rounding = 1.0
+        self._rounding, self._regrouped = 1.0, 2.0**-14 * self.bound_l2
 
     @property
     def units(self) -> NDArray[np.int64]:
@@ -255,7 +257,7 @@ class ClippedSum:
     @property
     def sensitivity_l2(self) -> float:
         """How far one client can move the sum: the bound, and what rounding its entries can add."""
-        return self.bound_l2 + self._rounding * self.grid * math.sqrt(self._units.size)
+        return self.bound_l2 + self._regrouped + self._rounding * self.grid * math.sqrt(self._units.size)
 
 
 def _read_only(vector: NDArray[Any]) -> Vector:

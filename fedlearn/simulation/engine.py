@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from fedlearn.config import RunConfig
 from fedlearn.data.loaders import Dealt
-from fedlearn.errors import ConfigError
+from fedlearn.errors import ConfigError, RunUnreadableError
 from fedlearn.federation.observer import Observer
 from fedlearn.federation.run_folder import RunFolder
+from fedlearn.files import write_atomic
 from fedlearn.flower.client import build_client_app, prepare_clients
 from fedlearn.flower.client_log import client_log
 from fedlearn.flower.grid import LocalGrid
 from fedlearn.flower.server import build_server_app
 from fedlearn.flower.site import Site
+from fedlearn.learning.vectorized import Choice
 from fedlearn.simulation.devices import SeededDevices
 from fedlearn.simulation.faults import SeededFaults
 from fedlearn.sources import SeedTree
@@ -32,7 +35,9 @@ def simulate(
     """Run the federation that ``folder`` describes, from its last kept round to the end; return its summary.
 
     Guarantees: the same configuration gives the same model to the last bit, on every run, after every crash, and
-    for any number of workers. What the clients log goes to ``clients.log`` in the folder.
+    for any number of workers, as long as no deadline strikes: who is left out by one, and which group is asked client
+    by client because it took longer than one client may, is this machine's to say. What the clients log goes to
+    ``clients.log`` in the folder.
 
     Args:
         folder: the run.
@@ -48,7 +53,7 @@ def simulate(
 
         return simulate_on_flower(folder, observer, _node_config(folder))
     site = prepare_clients(config)
-    choice = site.trainer(config.simulation.trainer)
+    choice = _choice(folder, site)
     if choice.reason:
         say(f"clients are trained one by one: {choice.reason}")
     seeds = SeedTree.root(config.seed).child("faults")
@@ -75,6 +80,20 @@ def simulate(
     return folder.summary()
 
 
+def _choice(folder: RunFolder, site: Site) -> Choice:
+    """Return how clients are trained: as the run was begun, whatever this machine would say today."""
+    path = folder.path / "checkpoint" / "trainer.json"
+    if path.exists():
+        try:
+            return Choice(trainer=json.loads(path.read_bytes())["trainer"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunUnreadableError(f"{path} is damaged; start a new run") from error
+    choice = site.trainer(folder.config.simulation.trainer)
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, (json.dumps({"trainer": choice.trainer}) + "\n").encode())
+    return choice
+
+
 def _devices(config: RunConfig, site: Site, seeds: SeedTree) -> SeededDevices:
     """Return the devices that a run is simulated on."""
     held, spec = site.distribution(), site.model.spec
@@ -83,7 +102,10 @@ def _devices(config: RunConfig, site: Site, seeds: SeedTree) -> SeededDevices:
         if isinstance(held, Dealt):
             parts = held.train if purpose == "train" else held.test
             return len(parts[client]) if parts else 0
-        data = held.client(client)
+        try:
+            data = held.client(client)
+        except Exception:
+            return 0
         return len(data.train) if purpose == "train" else 0 if data.test is None else len(data.test)
 
     return SeededDevices(

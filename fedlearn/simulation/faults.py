@@ -86,7 +86,7 @@ class SeededFaults:
         """Return whether anything but the ordinary happens to a message, or its reply comes too late."""
         if kind == GROUP_KIND:
             return False
-        if self.fate(group, client, kind) is not ORDINARY:
+        if client in self._flipping or self.fate(group, client, kind) is not ORDINARY:
             return True
         return self._devices is not None and self._devices.is_late(group, client, kind)
 

@@ -32,7 +32,7 @@ class Devices(Task):
     """Tell one of ten classes from 60 numbers, on devices that differ in what they see and in what it means.
 
     As in the FedProx paper's ``Synthetic(α, β)`` (arXiv:1812.06127, section 5.1) each client labels its inputs by a
-    linear model of its own and draws them around a mean of its own, with deviations of j^-1.2 for feature j; and the
+    linear model of its own and draws them around a mean of its own, with variances of j^-1.2 for feature j; and the
     sizes are log-normal. Other than there, the clients' models lie around a common one, so that there is something to
     be learned together. The model is a softmax over a linear layer, 610 parameters.
     """

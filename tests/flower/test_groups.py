@@ -122,7 +122,8 @@ def test_a_sum_that_was_rounded_as_a_whole_says_so_in_the_ledger(run: Callable[.
 
     alone, grouped = sensitivity("sequential"), sensitivity("stacked")
     assert alone > 0
-    assert grouped == pytest.approx(2 * alone, rel=1e-6)
+    neighbours = 2.0**-14 * CLIENT_PRIVACY["bound-l2"]  # who are clipped in another way if their group fails
+    assert grouped == pytest.approx(2 * alone + neighbours, rel=1e-6)
 
 
 # -- message by message --------------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def test_a_run_says_how_its_clients_were_trained_and_why_not_faster(run: Callabl
     tables = {"task": f"{__file__}:Normed"}
     folder = RunFolder.create(plain.path.parent / "norm", config_of(**tables))
     assert simulate(folder, say=said.append)["trainer"] == "sequential"
-    reason = "3 (BatchNorm1d) mixes the examples of a batch and keeps running means"
+    reason = "layer '3' (BatchNorm1d) mixes the examples of a batch and keeps running means"
     assert said == [f"clients are trained one by one: {reason}"]
     folder = RunFolder.create(plain.path.parent / "asked", config_of(simulation={"trainer": "vmap"}, **tables))
     with pytest.raises(ConfigError, match=r"simulation\.trainer: \"vmap\" does not go with this run: 3 \(Batch"):

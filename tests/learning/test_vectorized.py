@@ -298,6 +298,96 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 }
 
 
+class Patched(nn.Module):
+    """A layer whose forward somebody changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.inner.forward = lambda x: functional.linear(x, self.inner.weight * 2)  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.relu(self.inner(x)))
+
+
+class Twice(nn.Module):
+    """A weight that is used a second time, hardly, beside its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x) + 1e-5 * functional.linear(x, self.layer.weight))
+
+
+class Hooked(nn.Module):
+    """A gradient that is clamped, where it is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.layer.weight.register_hook(lambda gradient: gradient.clamp(-100, 100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Outliers(nn.Module):
+    """Goes another way for inputs that the trial does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x if x.abs().max() < 1000 else x / x.abs().max())
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x
+
+
+REFUSED |= {
+    "a hook on a gradient": (Hooked, (6,), "layer.weight has a hook"),
+    "a branch that the trial does not take": (Outliers, (6,), "data-dependent"),
+    "two outputs": (TwoOutputs, (6,), "output is a tuple"),
+}
+
+
+class Decayed(Made):
+    """A loss that looks at the parameters itself."""
+
+    def build_model(self) -> nn.Module:
+        self.model = nn.Sequential(nn.Linear(6, 3))
+        return self.model
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        decay = 1e-4 * sum(each.square().sum() for each in self.model.parameters())
+        return functional.cross_entropy(output, target, reduction="none") + decay
+
+
+def test_a_loss_that_looks_at_the_parameters_is_found_out() -> None:
+    task = Decayed(lambda: nn.Linear(6, 3))
+    choice = choose_trainer(
+        build_flat_model(task, SEEDS), task, random_clients((9,), (6,)), TrainingConfig(), proximal_mu=0.0, seeds=SEEDS
+    )
+    assert choice.trainer is None
+    assert "by another way than its output" in choice.reason
+
+
+@pytest.mark.parametrize("build", [Patched, Twice])
+def test_a_layer_that_is_more_than_a_layer_is_left_to_torch_func(build: Callable[[], nn.Module]) -> None:
+    assert choice_of(build, (6,), allowed=("stacked",)).trainer is None
+    assert choice_of(build, (6,)).trainer == "vmap"
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_vectorised_says_why_and_is_trained_one_by_one(name: str) -> None:
     build, shape, reason = REFUSED[name]
@@ -325,7 +415,7 @@ def test_a_narrower_type_is_refused() -> None:
 def test_a_model_whose_examples_see_each_other_is_found_out(kernel: Vectorised, sizes: Sequence[int]) -> None:
     choice = choice_of(Mixing, (6,), sizes, allowed=(kernel,))
     assert choice.trainer is None
-    assert "would differ" in choice.reason
+    assert "depends on the others in its batch" in choice.reason
 
 
 def test_too_little_to_try_it_on_is_no_reason_to_believe() -> None:
@@ -367,6 +457,38 @@ def test_a_client_that_diverges_is_known_and_harms_no_other(kernel: Vectorised, 
     expected = alone[0].update.vector.astype(np.float64) + alone[2].update.vector
     assert np.linalg.norm(own - expected) <= 2e-5 * np.linalg.norm(expected)
     assert not group.norms()[1] < 1e30
+
+
+def test_a_norm_is_never_told_shorter_than_the_update_is_however_its_steps_cancel() -> None:
+    task = Made(lambda: nn.Linear(40, 3, bias=False))
+    model = build_flat_model(task, SEEDS)
+    clients = random_clients((12, 12), (40,))
+    clients = [Examples(each.inputs * 1e-3, each.targets) for each in clients]
+    training = TrainingConfig(local_epochs=None, local_steps=3, batch_size=0, learning_rate=1e13, momentum=0.9)
+    received = model.vector()
+    members = [Member(examples=each, seeds=SEEDS.child("client", n)) for n, each in enumerate(clients)]
+    group = train_group("stacked", model, task, received, members, training, proximal_mu=0.0)
+    for place in range(2):
+        own = group.weighted(np.eye(2)[place], exact=True)
+        assert group.norms()[place] >= np.linalg.norm(own) * (1 - 1e-12)
+
+
+def test_noised_steps_of_which_all_batches_are_empty() -> None:
+    task = Made(lambda: nn.Sequential(nn.Linear(6, 3)))
+    for kernel in ("stacked", "vmap"):
+        model = build_flat_model(task, SEEDS)
+        members = [
+            Member(
+                examples=each,
+                seeds=SEEDS.child(n),
+                dp=DpSgd(noise_multiplier=1.0, bound_l2=1.0, mode="hooks"),
+                noise=SimulatedNoise(SEEDS.child("noise", n)),
+            )
+            for n, each in enumerate(random_clients((8, 9, 7), (6,)))
+        ]
+        training = TrainingConfig(local_epochs=None, local_steps=12, batch_size=1)
+        group = train_group(kernel, model, task, model.vector(), members, training, proximal_mu=0.0)
+        assert group.finite().all()
 
 
 PRIVATE = [(task, kernel) for task, kernels in BUILT_IN.items() for kernel in kernels]
