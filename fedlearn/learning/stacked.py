@@ -66,9 +66,7 @@ class StackedKernel(Kernel):
         """Raise unless everything that is trained is the weight or bias of a layer that is known here."""
         covered = sum(part.stop - part.start for place in places_of(model) for part in place.parts)
         if covered != model.spec.trainable_size:
-            raise UnsuitableError(
-                "not everything that is trained lies in nn.Linear and nn.Conv2d layers, each used once"
-            )
+            raise UnsuitableError("not everything that is trained lies in nn.Linear and nn.Conv2d, each used once")
 
     @staticmethod
     def slower_because(model: FlatModel, examples: Examples, together: int) -> str:

@@ -11,8 +11,10 @@ the sequential trainer's by rounding alone, about 1e-6 of its length a step in f
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +42,7 @@ Vectorised = Literal["stacked", "vmap"]
 
 _KERNELS: dict[Vectorised, type[Kernel]] = {"stacked": StackedKernel, "vmap": VmapKernel}
 _MOST_TOGETHER = 64
+_TORCH = Path(torch.__file__).parent
 _TRIED_STEPS = 4
 _LEAST_TRIED, _MOST_TRIED = 6, 64
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
@@ -318,9 +321,13 @@ def _trial(clients: Sequence[Examples]) -> list[Examples]:
 
 
 def _said(error: Exception) -> str:
-    """Return an exception in one line."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return text if isinstance(error, UnsuitableError) else f"{type(error).__name__}: {text}"
+    """Return an exception in one line; of a task's own, which may tell of its data, the type alone."""
+    if isinstance(error, UnsuitableError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and _TORCH in Path(frames[-1].filename).parents and str(error).strip():
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return f"the task raised {type(error).__name__} when a few clients were trained on trial"
 
 
 def _check_plain(model: FlatModel, task: Task, examples: Examples, seeds: SeedTree) -> None:

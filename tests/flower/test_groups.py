@@ -366,7 +366,7 @@ def test_a_run_says_how_its_clients_were_trained_and_why_not_faster(run: Callabl
     reason = "layer '3' (BatchNorm1d) mixes the examples of a batch and keeps running means"
     assert said == [f"clients are trained one by one: {reason}"]
     folder = RunFolder.create(plain.path.parent / "asked", config_of(simulation={"trainer": "vmap"}, **tables))
-    with pytest.raises(ConfigError, match=r"simulation\.trainer: \"vmap\" does not go with this run: 3 \(Batch"):
+    with pytest.raises(ConfigError, match=r"simulation\.trainer: \"vmap\" does not go with this run: layer '3'"):
         simulate(folder)
 
 
