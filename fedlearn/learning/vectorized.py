@@ -12,7 +12,8 @@ the sequential trainer's by rounding alone, about 1e-6 of its length a step in f
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -356,6 +357,18 @@ def _check_plain(model: FlatModel, task: Task, examples: Examples, seeds: SeedTr
     _check_in_view(model, task, inputs, targets)
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Say what torch.func means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("vmap:"):
+            raise
+        reason = "its code looks at numbers (.item(), a branch on them), which differ from client to client"
+        raise UnsuitableError(reason) from error
+
+
 def _has_hooks(parameter: nn.Parameter) -> bool:
     """Return whether somebody changes or watches a parameter's gradient."""
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
@@ -369,7 +382,7 @@ def _check_in_view(model: FlatModel, task: Task, inputs: Tensor, targets: Tensor
         found: Tensor = torch.func.functional_call(model.module, fixed, (example,))
         return found
 
-    with quietly():
+    with quietly(), _in_words():
         if losses_of(task, output_of(inputs.clone()), targets).requires_grad:
             raise UnsuitableError("the loss depends on the model's parameters by another way than its output")
         with torch.no_grad():

@@ -294,7 +294,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "a dropout in disguise": (Drawing, (6,), "at random"),
     "a counter": (Counting, (6,), "buffers"),
     "recurrent": (Recurrent, (5, 3), "recurrent"),
-    "data-dependent control flow": (Branching, (6,), "item"),
+    "data-dependent control flow": (Branching, (6,), "looks at numbers"),
 }
 
 
@@ -356,7 +356,7 @@ class TwoOutputs(nn.Module):
 
 REFUSED |= {
     "a hook on a gradient": (Hooked, (6,), "layer.weight has a hook"),
-    "a branch that the trial does not take": (Outliers, (6,), "data-dependent"),
+    "a branch that the trial does not take": (Outliers, (6,), "looks at numbers"),
     "two outputs": (TwoOutputs, (6,), "output is a tuple"),
 }
 
