@@ -18,7 +18,7 @@ class Observer(Protocol):
         """
 
     def finished_round(self, line: Mapping[str, Any]) -> None:
-        """A round is done and kept; ``line`` is its line of ``metrics.jsonl``."""
+        """A round is done, and kept or about to be; ``line`` is its line of ``metrics.jsonl``."""
 
 
 class SilentObserver:

@@ -314,20 +314,20 @@ class Federation:
             release = replace(measured.release, evidence={"date": self.clock.utc()[:10]})
             state = self.journal.noted(state, "eval.release", release.to_body())
         self._unkept = (line, state)
-        if not self._keeps_late:
+        if not self._keeps_late or number == 1:  # from the first on there is something to go on with
             self._keep_up()
+        with span("watch"):
+            self.observer.finished_round(line)
         return state
 
     def _keep_up(self) -> None:
-        """Keep the last round, if it is not kept yet, and say so."""
+        """Keep the last round, if it is not kept yet."""
         if self._unkept is None:
             return
         (line, state), self._unkept = self._unkept, None
         with span("keep"):
             self.folder.save_round(line, state)
             self.journal.commit(state)
-        with span("watch"):
-            self.observer.finished_round(line)
 
     def _train_until_enough(self, number: int, state: RunState) -> tuple[list[Tally], RunState]:
         """Try the round with fresh cohorts until enough clients answered; return every try, and what all cost."""

@@ -115,7 +115,7 @@ def test_killed_again_and_again_the_run_ends_with_the_same_model(tmp_path, count
 
 def test_a_metrics_file_torn_anywhere_in_its_last_line_does_not_change_the_model(tmp_path, countdown):
     model = begin_or_go_on(tmp_path / "whole")["model_sha256"]
-    countdown.left = 11  # in the second round
+    countdown.left = 14  # in the second round
     with pytest.raises(Killed):
         begin_or_go_on(tmp_path / "torn")
     countdown.left = float("inf")
