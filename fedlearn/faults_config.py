@@ -86,23 +86,13 @@ class FaultsConfig:
         self._check_useful()
 
     def _check_useful(self) -> None:
-        """Refuse a key that does nothing because another is at its default: a model would seem to withstand it."""
-        needs = {
-            "moment": ("drop", self.drop > 0),
-            "attack": ("byzantine", self.byzantine > 0),
-            "delay-s": ("delay", self.delay > 0),
-            "examples-per-s": ("devices", self.devices != "none"),
-            "time-zones": ("availability", self.availability != "always"),
-            "start-hour": ("availability", self.availability != "always"),
-        }
-        ordinary = {kebab(each.name): each.default for each in fields(self)}
-        for key, (needed, there) in needs.items():
-            if not there and getattr(self, key.replace("-", "_")) != ordinary[key]:
-                raise ConfigError(
-                    f"faults.{key}", f"does nothing without faults.{needed}; set that too, or leave it out"
-                )
-        if not self.byzantine and self.factor != _FACTORS[self.attack]:
-            raise ConfigError("faults.factor", "does nothing without faults.byzantine; set that too, or leave it out")
+        """Refuse an attack that nobody makes: the model would seem to withstand it."""
+        if self.byzantine:
+            return
+        for key, ordinary in (("attack", "sign-flip"), ("factor", _FACTORS[self.attack])):
+            if getattr(self, key) != ordinary:
+                reason = "does nothing without faults.byzantine, the share of clients that attack; set that too"
+                raise ConfigError(f"faults.{key}", f"{reason}, or leave it out")
 
     @property
     def asked(self) -> tuple[str, ...]:

@@ -150,6 +150,8 @@ def rate_text(per_s: float) -> str:
 class Lines:
     """Says one plain line a round, for logs."""
 
+    reads_folder = False
+
     def __init__(self, rounds: int, spent: SpentSoFar | None = None, now: Now = time.monotonic) -> None:
         self._rounds, self._spent = rounds, spent
         self._pace = _Pace(rounds, now)
@@ -183,6 +185,8 @@ class Bars:
 
     It draws at most ten times a second, whatever happens in between, so that a run of short rounds is not slowed down.
     """
+
+    reads_folder = False
 
     def __init__(self, rounds: int, spent: SpentSoFar | None = None, now: Now = time.monotonic) -> None:
         self._rounds, self._spent, self._now = rounds, spent, now

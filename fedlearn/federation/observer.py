@@ -18,7 +18,11 @@ class Observer(Protocol):
         """
 
     def finished_round(self, line: Mapping[str, Any]) -> None:
-        """A round is done, and kept or about to be; ``line`` is its line of ``metrics.jsonl``."""
+        """A round is done and kept; ``line`` is its line of ``metrics.jsonl``.
+
+        Of an observer that has ``reads_folder = False``, a simulation may keep the round a moment later, while the
+        clients of the next one work.
+        """
 
 
 class SilentObserver:
@@ -36,6 +40,7 @@ class Observers:
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
+        self.reads_folder = any(getattr(each, "reads_folder", True) for each in observers)
 
     def replied(self, round_number: int, done: int, total: int) -> None:
         """Tell each."""

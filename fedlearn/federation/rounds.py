@@ -62,8 +62,8 @@ class Federation:
         identity: who the server is under secure aggregation, and whom it may ask.
         simulated_clock: the clock of a simulation in which clients take simulated time; whoever carries messages moves
             it on, and a run that is resumed goes on at the time it had come to.
-        keeps_late: in a simulation that promises no privacy, keep a round while the clients of the next one work: a run
-            that is killed between the two does its last round again.
+        keeps_late: in a simulation that promises no privacy, keep a round after the first while the clients of the next
+            one work, unless the observer reads the folder: killed in between, a run does its last round again.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class Federation:
         self.identity = identity
         self.secagg = self._secure_aggregation()
         self._silent_rounds = 0
-        self._keeps_late = keeps_late and config.privacy.unit == "none" and config.secagg.mode == "off"
+        promised = config.privacy.unit != "none" or config.secagg.mode != "off"
+        self._keeps_late = keeps_late and not promised and not getattr(observer, "reads_folder", True)
         self._unkept: tuple[Mapping[str, Any], RunState] | None = None
 
     def run(self) -> RunState:

@@ -364,3 +364,9 @@ def test_a_masked_vector_that_is_lost_is_in_no_sum(run, mode) -> None:
     }
     assert len(hashes) == 1
     assert sha(run({}, secagg={"mode": mode}, federation=federation)) not in hashes
+
+
+@pytest.mark.parametrize("faults", [{"attack": "scale"}, {"factor": 3.0}, {"attack": "label-flip"}])
+def test_an_attack_that_nobody_makes_is_refused(faults) -> None:
+    with pytest.raises(ConfigError, match=r"does nothing without faults\.byzantine"):
+        FaultsConfig(**faults)

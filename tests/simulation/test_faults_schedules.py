@@ -73,8 +73,12 @@ def schedule(number: int) -> dict:
     }
     faults["moment"] = str(draw.choice(["before", "after", "any"]))
     faults["delay-s"] = float(draw.choice([1.0, 99.0, 101.0]))
-    faults["attack"] = str(draw.choice(["sign-flip", "scale"]))
-    faults["factor"] = float(draw.choice([1.0, 3.0, 1e300]))  # the last one overflows
+    attack = {
+        "attack": str(draw.choice(["sign-flip", "scale"])),
+        "factor": float(draw.choice([1.0, 3.0, 1e300])),  # the last one overflows
+    }
+    if "byzantine" in faults:
+        faults |= attack
     faults["devices"] = str(draw.choice(["none", "phones", "mixed"]))
     faults["examples-per-s"] = float(draw.choice([0.05, 1.0]))  # of the slow ones, some are late by themselves
     return faults

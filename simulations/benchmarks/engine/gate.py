@@ -67,6 +67,8 @@ class RecordingGate:
         models: the parameters after each round.
     """
 
+    reads_every_round = True
+
     def __init__(self) -> None:
         self.models: list[Parameters] = []
 

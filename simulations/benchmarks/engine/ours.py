@@ -24,6 +24,8 @@ class _Watch(SilentObserver):
 
     def __init__(self, folder: RunFolder, workload: Workload, gate: Gate) -> None:
         self._folder, self._workload, self._gate = folder, workload, gate
+        # As the command line watches; the first round, which is compared, is kept at once all the same.
+        self.reads_folder = getattr(gate, "reads_every_round", False)
 
     def finished_round(self, line: Mapping[str, Any]) -> None:
         """Say that the round is over and wait for the next; one in which a client is missing does not count."""
