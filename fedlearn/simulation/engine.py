@@ -82,13 +82,15 @@ def simulate(
 
 def _choice(folder: RunFolder, site: Site) -> Choice:
     """Return how clients are trained: as the run was begun, whatever this machine would say today."""
-    path = folder.path / "checkpoint" / "trainer.json"
+    wanted, path = folder.config.simulation.trainer, folder.path / "checkpoint" / "trainer.json"
+    if wanted == "sequential":
+        return Choice(trainer=None)
     if path.exists():
         try:
             return Choice(trainer=json.loads(path.read_bytes())["trainer"])
         except (ValueError, TypeError, KeyError) as error:
             raise RunUnreadableError(f"{path} is damaged; start a new run") from error
-    choice = site.trainer(folder.config.simulation.trainer)
+    choice = site.trainer(wanted)
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, (json.dumps({"trainer": choice.trainer}) + "\n").encode())
     return choice
