@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from fedlearn.sources import ManualClock
 
-__all__ = ["GROUP_KIND", "ORDINARY", "Devices", "Fate", "Faults", "NoFaults", "SimulatedClock"]
+__all__ = ["GROUP_KIND", "NEVER_ARRIVES", "ORDINARY", "Devices", "Fate", "Faults", "NoFaults", "SimulatedClock"]
 
 GROUP_KIND = "train.group"
 """The type of a message to many clients at once, for all of whom nothing but the ordinary happens."""
@@ -43,7 +43,8 @@ class Fate:
 ORDINARY = Fate()
 """The message arrives, is worked on, and its reply arrives once and as it was sent."""
 
-_NEVER_ARRIVES = Fate(lost="before")
+NEVER_ARRIVES = Fate(lost="before")
+"""Nobody ever works on the message."""
 
 
 class Faults(Protocol):
@@ -71,7 +72,7 @@ class NoFaults:
 
     def fate(self, group: str, client: int, kind: str) -> Fate:
         """Return that a message arrives unless it is dropped."""
-        return _NEVER_ARRIVES if self.drops(group, client, kind) else ORDINARY
+        return NEVER_ARRIVES if self.drops(group, client, kind) else ORDINARY
 
     def touches(self, group: str, client: int, kind: str) -> bool:
         """Return whether anything but the ordinary happens to this message."""

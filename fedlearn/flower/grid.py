@@ -24,7 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlearn.flower.faults import GROUP_KIND, Devices, Fate, Faults, NoFaults, SimulatedClock
+from fedlearn.flower.faults import GROUP_KIND, NEVER_ARRIVES, Devices, Fate, Faults, NoFaults, SimulatedClock
 from fedlearn.flower.tampering import payload_bytes, tampered
 from fedlearn.flower.workers import Answer, Job, Outcome, WorkerPool
 from fedlearn.profiling import span
@@ -230,7 +230,7 @@ class LocalGrid(Grid):
         if timeout_s is not None:
             timeout_s = min(timeout_s, _LONGEST_S)
         over = timeout_s is not None and timeout_s <= 0
-        fates = [_NEVER_SENT if over else self._fate(message) for message in messages]
+        fates = [NEVER_ARRIVES if over else self._fate(message) for message in messages]
         jobs = [(m, self._context(m)) for m, fate in zip(messages, fates, strict=True) if self._is_worked_on(fate)]
         return self._replies(messages, fates, self._outcomes(jobs, timeout_s), timeout_s)
 
@@ -340,9 +340,6 @@ class LocalGrid(Grid):
         node_config: UserConfig = {**self.node_config_of(node - 1)}
         state = self._states.get(node) or RecordDict()
         return Context(run_id=self._run.run_id, node_id=node, node_config=node_config, state=state, run_config={})
-
-
-_NEVER_SENT = Fate(lost="before")
 
 
 def _outcome_of(fate: Fate) -> Outcome:

@@ -6,7 +6,7 @@ its first round, by ``choose_trainer``: from the model's layers, and by training
 What cannot be vectorised is trained one client after the other, and the run says why.
 
 Tolerance: the same batches, the same noise and the same formulas, in another order of summation. An update differs from
-the sequential trainer's by rounding alone, about 1e-6 of its length a step in float32 and 1e-14 in float64.
+the sequential trainer's by rounding alone: tested to be below 2e-5 of its length in float32 and 1e-12 in float64.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedlearn.config import FaultsConfig
-from fedlearn.flower.faults import GROUP_KIND, ORDINARY, Fate
+from fedlearn.flower.faults import GROUP_KIND, NEVER_ARRIVES, ORDINARY, Fate
 from fedlearn.secagg.server import PHASES
 from fedlearn.simulation.devices import SeededDevices, uniform
 from fedlearn.sources import SeedTree
@@ -16,7 +16,6 @@ __all__ = ["SeededFaults"]
 _IDEAL = "ideal"
 """Without masks there is one message, on which clients train: who is lost up to ``mask`` does not answer it."""
 
-_NEVER_ARRIVES = Fate(lost="before")
 _REPLY_LOST = Fate(lost="after")
 _CRASHES = Fate(crashes=True)
 
@@ -69,7 +68,7 @@ class SeededFaults:
         if (self._quiet and not falsifies) or not kind.startswith(("train", "evaluate")) or kind == GROUP_KIND:
             return ORDINARY
         if (lost := self._lost(group, client, kind)) == "before":
-            return _NEVER_ARRIVES
+            return NEVER_ARRIVES
         if self._crashes(group, client, kind):
             return _CRASHES
         if lost:
